@@ -1,0 +1,197 @@
+"""From logits to a token: sampling parameters, their validation, and one seeded sampler.
+
+A sampler belongs to one sequence and owns that sequence's random stream, so that a seeded answer
+does not depend on which other sequences share the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqllm.errors import InvalidSampling
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+_MAX_TOKENS = 2**31 - 1
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens for one sequence, and when to stop.
+
+    Filters apply in this order: penalties, temperature, top_k, top_p, min_p. `temperature=0` is
+    greedy and ignores the filters. `top_k=0` and `min_p=0` are off. `logprobs=n` asks for the
+    log-probabilities of the chosen token and of the n most probable ones, taken from the model's
+    distribution before penalties and filters.
+
+    Raises:
+        InvalidSampling: a value is outside its range; the message names field, value and range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("max_tokens", self.max_tokens, 1, _MAX_TOKENS)
+        _check_float("temperature", self.temperature, 0.0, 2.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_int("top_k", self.top_k, 0, _MAX_TOKENS)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 10.0, low_open=True)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise InvalidSampling(
+                "stop", self.stop, f"at most {MAX_STOP_STRINGS} strings, none of them empty"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position: of the chosen token, and of the `top` ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; not shared, because it owns the random stream."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        # numpy wants a non-negative seed; the mask maps int64 seeds one to one into uint64.
+        seed = None if params.seed is None else params.seed & (2**64 - 1)
+        self._random = np.random.Generator(np.random.PCG64(seed))
+
+    def choose(self, logits: Logits, prompt_ids: list[int], output_ids: list[int]) -> int:
+        """Return the next token id for `logits` of shape (vocab_size,), float32.
+
+        Prompt and output count for the repetition penalty, only the output for the presence and
+        frequency penalties (the OpenAI definition).
+        """
+        params = self._params
+        if params.has_penalties:
+            logits = _penalize(logits, params, prompt_ids, output_ids)
+        if params.is_greedy:
+            return int(np.argmax(logits))
+        token_ids, probabilities = _distribution(logits, params)
+        threshold = self._random.random() * float(probabilities.sum())
+        position = int(np.searchsorted(np.cumsum(probabilities), threshold, side="right"))
+        return int(token_ids[min(position, len(token_ids) - 1)])
+
+    def logprobs(self, logits: Logits, token_id: int) -> TokenLogprobs | None:
+        """Log-probabilities to report for this step, or None when they were not asked for."""
+        if self._params.logprobs is None:
+            return None
+        log_probabilities = _log_softmax(logits)
+        top = _largest(log_probabilities, self._params.logprobs)
+        return TokenLogprobs(
+            token_id=token_id,
+            logprob=float(log_probabilities[token_id]),
+            top=tuple((int(i), float(log_probabilities[i])) for i in top),
+        )
+
+
+def _penalize(
+    logits: Logits, params: SamplingParams, prompt_ids: list[int], output_ids: list[int]
+) -> Logits:
+    logits = logits.copy()
+    seen = np.array(sorted({*prompt_ids, *output_ids}), dtype=np.int64)
+    scores = logits[seen]
+    penalty = params.repetition_penalty
+    logits[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
+    counts = Counter(output_ids)
+    if counts:
+        used = np.fromiter(counts.keys(), dtype=np.int64)
+        times = np.fromiter(counts.values(), dtype=np.float32)
+        logits[used] -= params.presence_penalty + params.frequency_penalty * times
+    return logits
+
+
+def _distribution(
+    logits: Logits, params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Token ids that survive the filters, and their (unnormalized) probabilities."""
+    token_ids = np.arange(len(logits), dtype=np.int64)
+    if 0 < params.top_k < len(logits):
+        token_ids = _largest(logits, params.top_k)
+    scores = logits[token_ids].astype(np.float64) / params.temperature
+    probabilities = np.exp(scores - scores.max())
+    if params.top_p < 1.0:
+        token_ids, probabilities = _nucleus(token_ids, probabilities, params.top_p)
+    if params.min_p > 0.0:
+        kept = probabilities >= params.min_p * probabilities.max()
+        token_ids, probabilities = token_ids[kept], probabilities[kept]
+    return token_ids, probabilities
+
+
+def _nucleus(
+    token_ids: NDArray[np.int64], probabilities: NDArray[np.float64], top_p: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    order = np.argsort(-probabilities, kind="stable")
+    cumulative = np.cumsum(probabilities[order])
+    num_kept = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
+    kept = order[:num_kept]
+    return token_ids[kept], probabilities[kept]
+
+
+def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest values, largest first, ties by index."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    candidates = np.sort(np.argpartition(values, -count)[-count:])
+    return candidates[np.argsort(-values[candidates], kind="stable")].astype(np.int64)
+
+
+def _log_softmax(logits: Logits) -> Logits:
+    shifted = logits - logits.max()
+    log_total = math.log(float(np.exp(shifted, dtype=np.float64).sum()))
+    return np.asarray(shifted - log_total, dtype=np.float32)
+
+
+def _check_int(field: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidSampling(field, value, f"an integer in [{low}, {high}]")
+
+
+def _check_float(
+    field: str, value: object, low: float, high: float, *, low_open: bool = False
+) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    in_range = is_number and low <= float(value) <= high and not (low_open and value == low)  # type: ignore[arg-type]
+    if not in_range:
+        raise InvalidSampling(field, value, f"a number in {'(' if low_open else '['}{low}, {high}]")
