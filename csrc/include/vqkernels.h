@@ -1,0 +1,157 @@
+/* C ABI of the vqstack CPU kernels (libvqkernels_cpu).
+ *
+ * Plain C, no Python, no torch, no environment variables. The caller owns all memory; functions
+ * never keep a pointer after they return. Every function that can fail returns a vq_status and
+ * writes nothing useful to its outputs unless that status is VQ_OK.
+ *
+ * Names: a linear layer maps in_features inputs to out_features outputs. Input columns are cut into
+ * groups of group_size that share one scale and one zero point per output; the last group may be
+ * shorter (576 = 4 * 128 + 64).
+ *
+ * Packed 4-bit layout ("q4"), chosen so that one 64-byte load feeds 16 outputs at once:
+ *   panel   16 consecutive outputs; the last panel is padded with zero codes and zero scales
+ *   chunk   8 consecutive input columns of a panel = 64 bytes
+ *           byte 4*r + j: low nibble = column j, high nibble = column 4 + j, of output r (0..15)
+ *   codes   [panel][in_features / 8][64]             uint8
+ *   scales  [panel][group][16]                       float
+ *   zeros   [panel][group][16]  or NULL for all 8    uint8, values 0..15
+ */
+#ifndef VQKERNELS_H
+#define VQKERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define VQ_API __declspec(dllexport)
+#else
+#define VQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised by one whenever a struct, a layout or the meaning of an argument changes. */
+#define VQ_ABI_VERSION 1
+
+enum {
+  VQ_Q4_PANEL = 16,          /* outputs per panel */
+  VQ_Q4_CHUNK = 8,           /* input columns per chunk */
+  VQ_Q4_CHUNK_BYTES = 64,    /* bytes per chunk */
+  VQ_Q4_MAX_GROUP = 65536,   /* keeps every integer sum inside int32 */
+  VQ_Q4_SYMMETRIC_ZERO = 8,  /* zero point meant by zeros == NULL */
+  VQ_MAX_FEATURES = 1 << 24, /* bound on in_features, out_features and batch */
+  VQ_MAX_THREADS = 256
+};
+
+typedef enum vq_status {
+  VQ_OK = 0,
+  VQ_ERR_NULL = 1,         /* a required pointer is NULL */
+  VQ_ERR_SHAPE = 2,        /* a size is out of range or not a multiple of VQ_Q4_CHUNK */
+  VQ_ERR_ISA = 3,          /* unknown tier, or one this CPU or this build cannot run */
+  VQ_ERR_NONFINITE = 4,    /* an activation is NaN or infinite */
+  VQ_ERR_MEMORY = 5,       /* allocation or thread creation failed */
+  VQ_ERR_FORKED = 6,       /* the pool was created before a fork; its threads are gone */
+  VQ_ERR_ZERO_OFFSET = 7   /* zero_offset is neither 0 nor 1 */
+} vq_status;
+
+/* Instruction-set tiers, slowest first. All tiers give bit-identical results. */
+typedef enum vq_isa {
+  VQ_ISA_AUTO = -1, /* only for vq_set_isa: the best tier that runs here */
+  VQ_ISA_BASELINE = 0,
+  VQ_ISA_AVX2 = 1,
+  VQ_ISA_AVX512_VNNI = 2
+} vq_isa;
+
+/* A packed 4-bit matrix; see the layout above. 64-byte aligned codes are faster, not required. */
+typedef struct vq_q4_matrix {
+  int32_t in_features;
+  int32_t out_features;
+  int32_t group_size;
+  int32_t reserved; /* must be 0 */
+  const uint8_t *codes;
+  const float *scales;
+  const uint8_t *zeros; /* NULL: every zero point is VQ_Q4_SYMMETRIC_ZERO */
+} vq_q4_matrix;
+
+/* Array sizes of a packed matrix. */
+typedef struct vq_q4_sizes {
+  int64_t num_groups;
+  int64_t num_panels;
+  int64_t codes_bytes;
+  int64_t num_scales; /* also the number of zeros, in bytes */
+} vq_q4_sizes;
+
+/* A layer as GPTQ checkpoints store it. With G = ceil(in_features / group_size):
+ *   qweight [in_features / 8][out_features]    nibble i of a word = column 8 * row + i
+ *   qzeros  [G][ceil(out_features / 8)]        nibble i of a word = output 8 * word + i; NULL = all 8
+ *   scales  [G][out_features]
+ * zero_offset is added to each stored zero point modulo 16: 1 for "gptq" files (they store z - 1),
+ * 0 for "gptq_v2". Column k belongs to group k / group_size (static groups, no act-order index). */
+typedef struct vq_gptq_q4 {
+  int32_t in_features;
+  int32_t out_features;
+  int32_t group_size;
+  int32_t zero_offset;
+  const int32_t *qweight;
+  const int32_t *qzeros;
+  const float *scales;
+} vq_gptq_q4;
+
+/* A persistent thread pool. The calling thread is its first worker. */
+typedef struct vq_pool vq_pool;
+
+/* The VQ_ABI_VERSION the library was built with. */
+VQ_API int32_t vq_abi_version(void);
+
+/* One English sentence for a vq_status; never NULL. */
+VQ_API const char *vq_status_text(int32_t status);
+
+/* "baseline", "avx2", "avx512_vnni" or "unknown"; never NULL. */
+VQ_API const char *vq_isa_name(int32_t isa);
+
+/* 1 if this build contains the tier and CPU and operating system can run it, else 0. */
+VQ_API int32_t vq_isa_supported(int32_t isa);
+
+/* The tier that the next call will use. */
+VQ_API int32_t vq_get_isa(void);
+
+/* Force a tier for the whole process, or VQ_ISA_AUTO. VQ_ERR_ISA leaves the tier as it was. */
+VQ_API int32_t vq_set_isa(int32_t isa);
+
+/* Start num_threads - 1 worker threads (1 <= num_threads <= VQ_MAX_THREADS). Free with vq_pool_free. */
+VQ_API int32_t vq_pool_create(int32_t num_threads, vq_pool **pool);
+
+/* Join the workers. NULL is allowed. No call may be running on the pool. */
+VQ_API void vq_pool_free(vq_pool *pool);
+
+/* Array sizes for a shape: in_features and group_size are positive multiples of VQ_Q4_CHUNK. */
+VQ_API int32_t vq_q4_get_sizes(int32_t in_features, int32_t out_features, int32_t group_size,
+                               vq_q4_sizes *sizes);
+
+/* Repack a GPTQ layer. codes and scales have the sizes of vq_q4_get_sizes; zeros likewise, and may
+ * be NULL only if source->qzeros is NULL. */
+VQ_API int32_t vq_q4_pack_gptq(const vq_gptq_q4 *source, uint8_t *codes, float *scales,
+                               uint8_t *zeros);
+
+/* Quantize one activation row to int8, one scale per group:
+ *   amax = max |x| over the group; scale = amax / 127; q = round_half_even(x * (127 / amax))
+ * all in binary32. A group with amax < 1e-30 becomes q = 0, scale = 0. sums[g] = sum of q in group g.
+ * The error is at most scale / 2 per value; on Gaussian rows with group 128 the relative RMS error
+ * is about 6e-3. x and q hold num_values values, scales and sums ceil(num_values / group_size). */
+VQ_API int32_t vq_q8_quantize(const float *x, int32_t num_values, int32_t group_size, int8_t *q,
+                              float *scales, int32_t *sums);
+
+/* y[b][n] = sum over groups g, in order, of
+ *     float(sum over k in g of q[b][k] * (code[k][n] - zero[g][n])) * (scale[g][n] * x_scale[b][g])
+ * with q and x_scale from vq_q8_quantize of x[b]. Sums over k are exact int32; multiply and add of
+ * the float part are separate roundings, so every tier and thread count gives the same bits.
+ * x is [batch][in_features], y is [batch][out_features]; pool may be NULL (calling thread only). */
+VQ_API int32_t vq_q4_gemv(const vq_q4_matrix *matrix, const float *x, int32_t batch, float *y,
+                          vq_pool *pool);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* VQKERNELS_H */
