@@ -1,0 +1,109 @@
+# Every target bootstraps what it needs. `make help` lists them.
+#
+#   PYTHON       interpreter used to create .venv (3.11 or newer)
+#   TORCH_INDEX  index URL to take torch from (PyTorch's CPU wheel index spares the CUDA download)
+#   IMAGES       photographs for `make demo`, space separated
+#   PYTEST_ARGS  further arguments for `make test`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TOOLS := .tools
+TOOLS_BIN := $(TOOLS)/bin
+PYTHON_DIRS := engine services clients/python loadtests examples tests
+PROTOS = $(shell cd proto && find vqstack -name '*.proto' | LC_ALL=C sort)
+EXTRAS := cpu,demo,dev,load
+
+# uv finds local wheels where pip finds them; on most machines both are empty.
+export UV_FIND_LINKS := $(if $(UV_FIND_LINKS),$(UV_FIND_LINKS),$(PIP_FIND_LINKS))
+# Two busy cores and nested thread pools do not mix: one thread per test process.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help demo serve test check lint types imports proto-check proto format bench load docker-lint tools clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# A venv with pip in it; packages come through uv when it can be had, through pip otherwise.
+define create_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "vqstack needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || { \
+	  echo "could not create $(1); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(1)/bin/uv || $(1)/bin/pip install --quiet --disable-pip-version-check uv \
+	  || echo "uv cannot be had here; using pip, which takes some minutes"
+endef
+
+# $(call install,VENV,ARGUMENTS)
+define install
+	@if test -x $(1)/bin/uv; then $(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2); \
+	else $(1)/bin/pip install --quiet --disable-pip-version-check $(2); fi
+endef
+
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt proto/pyproject.toml clients/python/pyproject.toml $(shell find csrc -type f 2>/dev/null)
+	@echo "Setting up $(VENV) (once; a minute or so)"
+	$(call create_venv,$(VENV))
+	$(call install,$(VENV),$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) )torch==2.13.0)
+	$(call install,$(VENV),-c constraints.txt -e proto -e clients/python -e '.[$(EXTRAS)]')
+	@$(BIN)/python -m vqkernels
+	@touch $@
+
+$(TOOLS)/.ready: deploy/tools-requirements.txt
+	@echo "Setting up $(TOOLS) (once; linters for protobuf, Docker, Helm and Kubernetes)"
+	$(call create_venv,$(TOOLS))
+	$(call install,$(TOOLS),-r deploy/tools-requirements.txt)
+	@touch $@
+
+tools: $(TOOLS)/.ready ## install the deployment linters into .tools
+
+demo: $(VENV)/.ready ## photograph -> codes -> picture, labels and an answer, through both services
+	@OMP_NUM_THREADS=2 $(BIN)/python -m demo $(if $(IMAGES),--images $(IMAGES))
+
+serve: $(VENV)/.ready ## run both services until Ctrl-C
+	@$(BIN)/python -m demo.serve
+
+test: $(VENV)/.ready $(TOOLS)/.ready ## run every test that needs no GPU
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+check: lint types imports proto-check docker-lint ## lint, types, import direction, contract drift, Dockerfiles
+
+lint: $(VENV)/.ready
+	@$(BIN)/ruff check $(PYTHON_DIRS)
+	@$(BIN)/ruff format --check $(PYTHON_DIRS)
+
+types: $(VENV)/.ready
+	@$(BIN)/mypy $(PYTHON_DIRS)
+
+imports: $(VENV)/.ready
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.ready ## rewrite the Python sources in the house format
+	@$(BIN)/ruff check --fix $(PYTHON_DIRS)
+	@$(BIN)/ruff format $(PYTHON_DIRS)
+
+proto: $(VENV)/.ready ## regenerate the committed protobuf stubs
+	@find proto/vqstack -name '*_pb2*.py*' -delete
+	@cd proto && PATH="$(CURDIR)/$(BIN):$$PATH" python -m grpc_tools.protoc -I. \
+	  --python_out=. --mypy_out=quiet:. --grpc_python_out=. --mypy_grpc_out=quiet:. $(PROTOS)
+
+proto-check: $(TOOLS)/.ready proto
+	@$(TOOLS_BIN)/buf lint proto
+	@git diff --exit-code --stat -- proto \
+	  || { echo "committed stubs differ from the protos: commit the result of 'make proto'" >&2; exit 1; }
+
+bench: $(VENV)/.ready ## measure the native kernels side by side with their peers
+	@$(BIN)/python -m vqkernels.bench
+
+load: $(VENV)/.ready ## short open-loop load test of both services on loopback
+	@$(BIN)/python -m demo.load
+
+docker-lint: $(TOOLS)/.ready ## lint the Dockerfiles
+	@$(TOOLS_BIN)/hadolint deploy/docker/*.Dockerfile
+
+clean: ## remove everything that the targets made here (the model cache stays)
+	rm -rf $(VENV) $(TOOLS) build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
