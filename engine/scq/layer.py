@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scq.errors import InvalidCodebook, InvalidLatents
 from scq.metrics import CodebookUsage
-from scq.solver import SOLVERS, SolveResult, SolverConfig
+from scq.solver import SOLVERS, SolverConfig, SolveResult
 
 
 @dataclass(frozen=True)

@@ -69,4 +69,5 @@ def _equality_solution(gram: Array, linear: Array, support: NDArray[np.int64]) -
     bordered[:size, :size] = gram[np.ix_(support, support)]
     bordered[size, size] = 0.0
     right = np.append(linear[support], 1.0)
-    return np.linalg.lstsq(bordered, right, rcond=None)[0][:size]
+    solution: Array = np.linalg.lstsq(bordered, right, rcond=None)[0]
+    return solution[:size]

