@@ -1,0 +1,1 @@
+"""The vqstack services: tokenizerd (`vqserve.tokenizer`) and llmd (`vqserve.generation`)."""

@@ -1,0 +1,89 @@
+"""Settings of a service process: flags first, then environment (VQSERVE_*), then defaults.
+
+The defaults stand here once. Nothing else in the services reads the environment.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ServiceSettings(BaseSettings):
+    """What both services can be told. Subclasses add their own fields."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VQSERVE_",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        frozen=True,
+        extra="ignore",
+        protected_namespaces=(),
+    )
+
+    host: str = Field("127.0.0.1", description="Address both listeners bind; 0.0.0.0 in containers")
+    grpc_port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    http_port: int = Field(0, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    ports_file: Path | None = Field(
+        None, description="JSON file with the real ports, written once the service is ready"
+    )
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the admin listener; off when unset"
+    )
+    admin_host: str = Field("127.0.0.1", description="Address of the admin listener")
+    model_root: Path | None = Field(
+        None, description="Folder that admin loads are confined to; loads are refused when unset"
+    )
+    max_request_bytes: int = Field(
+        16 * 1024 * 1024, ge=1024, description="Largest request body or message, in bytes"
+    )
+    max_image_pixels: int = Field(
+        24_000_000, ge=1, description="Largest image, in pixels, checked before decoding"
+    )
+    max_concurrent_requests: int = Field(
+        64, ge=1, description="Requests admitted at once, waiting ones included"
+    )
+    drain_delay_seconds: float = Field(
+        0.0, ge=0, description="Time between readiness off and refusing new requests"
+    )
+    drain_grace_seconds: float = Field(
+        20.0, ge=0, description="Longest wait for running requests on shutdown"
+    )
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_log_level(cls, value: str) -> str:
+        if value.lower() not in LOG_LEVELS:
+            raise ValueError(f"unknown log level {value!r}; use one of {', '.join(LOG_LEVELS)}")
+        return value.lower()
+
+    @classmethod
+    def from_args(cls, args: Sequence[str] | None = None) -> Self:
+        """Read flags and the environment; on a bad value say which one and exit with status 2."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        try:
+            return cls(_cli_parse_args=arguments)  # type: ignore[call-arg]
+        except ValidationError as error:
+            sys.exit(_complain(_first_problem(error)))
+        except SettingsError as error:
+            sys.exit(_complain(str(error)))
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+    return f"{name}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 2
