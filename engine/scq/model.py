@@ -1,0 +1,305 @@
+"""The convolutional autoencoder around the SCQ quantizer, and its file format.
+
+Encoder and decoder are small convolution stacks on pixel-unshuffled input; between them lies a
+grid of latents that the quantizer and the lattice code turn into indices. A model file is one
+safetensors file (float16) with its configuration as JSON metadata. This module knows nothing of
+image files, bitstreams or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scq.errors import InvalidImage, InvalidLatents, ScqError, UnsupportedOperation
+from scq.lattice import LatticeAssignment, LatticeCode, reconstruct, search
+from scq.layer import SCQLayer
+
+_FORMAT = "scq-model-1"
+# What a receiver needs to turn codes into a picture; encoders may differ between senders.
+_HASHED_PREFIXES = ("decoder.", "quantizer.codebook")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model's shape and its codes.
+
+    `kind` is "frame" (any size, padded to the stride) or "crop" (always max_width x max_height).
+    `encoder_widths` and `decoder_widths` are channels from the finest level to the coarsest, one
+    level per halving; `patch` is the pixel-unshuffle in front of the finest, so that
+    patch * 2^(levels - 1) = stride.
+
+    Raises:
+        ScqError: a field out of range, naming it.
+    """
+
+    name: str
+    kind: Literal["frame", "crop"]
+    stride: int
+    max_width: int
+    max_height: int
+    code_dim: int = 16
+    num_codes: int = 256
+    max_support: int = 2
+    denominator: int = 4
+    lam: float = 0.1
+    classes: tuple[str, ...] = ()
+    patch: int = 4
+    encoder_widths: tuple[int, ...] = (48, 80, 128)
+    encoder_blocks: tuple[int, ...] = (1, 1, 1)
+    decoder_widths: tuple[int, ...] = (64, 80, 128)
+    decoder_blocks: tuple[int, ...] = (2, 2, 1)
+    head_width: int = 96
+
+    def __post_init__(self) -> None:
+        if not self.name or self.kind not in ("frame", "crop"):
+            raise ScqError(f"model needs a name and a kind of frame or crop, got {self.kind!r}")
+        self._check_levels()
+        for name in ("stride", "code_dim", "head_width", "max_width", "max_height"):
+            if getattr(self, name) < 1:
+                raise ScqError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_width % self.stride or self.max_height % self.stride:
+            raise ScqError(
+                f"{self.max_width}x{self.max_height} is not a multiple of stride {self.stride}"
+            )
+        if not self.lam >= 0:
+            raise ScqError(f"lam must be >= 0, got {self.lam}")
+        _ = self.lattice
+
+    def _check_levels(self) -> None:
+        levels = len(self.encoder_widths)
+        for name in ("encoder_blocks", "decoder_widths", "decoder_blocks"):
+            if len(getattr(self, name)) != levels:
+                raise ScqError(f"{name} must have {levels} entries like encoder_widths")
+        if levels < 1 or self.patch * 2 ** (levels - 1) != self.stride:
+            raise ScqError(
+                f"patch {self.patch} and {levels} levels give stride "
+                f"{self.patch * 2 ** max(levels - 1, 0)}, not {self.stride}"
+            )
+
+    @property
+    def lattice(self) -> LatticeCode:
+        """The transmittable assignments of one latent."""
+        return LatticeCode(self.num_codes, self.max_support, self.denominator)
+
+    def to_json(self) -> str:
+        """Canonical JSON (sorted keys, no spaces): the form that is stored and hashed."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """Inverse of `to_json`. Raises ScqError for anything else."""
+        try:
+            values = json.loads(text)
+            known = {field.name for field in fields(cls)}
+            unknown = set(values) - known
+            if unknown:
+                raise ScqError(f"unknown model config fields: {', '.join(sorted(unknown))}")
+            arguments: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+            return cls(**arguments)
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ScqError(f"model config is not valid: {error}") from error
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))). Starts as the identity, so deep stacks train unnormalised."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width, h, w) -> same shape."""
+        hidden = self.first(functional.silu(features))
+        residual: Tensor = self.second(functional.silu(hidden))
+        return features + residual
+
+
+class ClassifierHead(nn.Module):
+    """Labels from a decoded grid: two 3x3 convolutions, mean pool, linear. Any grid size."""
+
+    def __init__(self, code_dim: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(code_dim, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.dropout = nn.Dropout(0.3)
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """(B, code_dim, h, w) -> (B, num_classes) logits."""
+        hidden = functional.silu(self.first(grid))
+        hidden = functional.silu(self.second(hidden) + hidden)
+        pooled = hidden.mean(dim=(2, 3))
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits
+
+
+class ScqAutoencoder(nn.Module):
+    """Images to a grid of latents and back, with the SCQ quantizer's codebook between.
+
+    Images are float (B, 3, H, W) in [0, 1], H and W multiples of the stride; latents are
+    (B, H/stride, W/stride, code_dim).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _build_encoder(config)
+        self.quantizer = SCQLayer(config.code_dim, config.num_codes, config.lam)
+        self.decoder = _build_decoder(config)
+        self.head: ClassifierHead | None = None
+        if config.classes:
+            self.head = ClassifierHead(config.code_dim, config.head_width, len(config.classes))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> latents (B, h, w, F). Raises InvalidImage on a wrong shape."""
+        stride = self.config.stride
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise InvalidImage(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if images.shape[2] % stride or images.shape[3] % stride:
+            raise InvalidImage(
+                f"{images.shape[3]}x{images.shape[2]} is not a multiple of stride {stride}; pad it"
+            )
+        latents: Tensor = self.encoder(images * 2 - 1)
+        return latents.permute(0, 2, 3, 1).contiguous()
+
+    def quantize(self, latents: Tensor) -> LatticeAssignment:
+        """Latents (B, h, w, F) -> their best lattice codes, raster order, N = B*h*w."""
+        flat = latents.reshape(-1, self.config.code_dim)
+        return search(flat, self.quantizer.codebook, self.config.lattice)
+
+    def dequantize(self, assignment: LatticeAssignment, grid: tuple[int, int]) -> Tensor:
+        """Codes in raster order -> latents (B, h, w, F), where `grid` is (h, w)."""
+        flat = reconstruct(assignment, self.quantizer.codebook)
+        return flat.reshape(-1, grid[0], grid[1], self.config.code_dim)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, h, w, F) -> images (B, 3, H, W) clamped to [0, 1]."""
+        return self.decode_unclamped(latents).clamp(0, 1)
+
+    def decode_unclamped(self, latents: Tensor) -> Tensor:
+        """`decode` without the clamp, whose gradient vanishes outside [0, 1]: for training."""
+        image: Tensor = self.decoder(self._to_channels(latents))
+        return image * 0.5 + 0.5
+
+    def classify(self, latents: Tensor) -> Tensor:
+        """Decoded latents (B, h, w, F) -> logits (B, classes).
+
+        Raises UnsupportedOperation when the model has no head.
+        """
+        if self.head is None:
+            raise UnsupportedOperation(f"model {self.config.name!r} has no classifier head")
+        logits: Tensor = self.head(self._to_channels(latents))
+        return logits
+
+    @property
+    def model_hash(self) -> str:
+        """Content hash (hex SHA-256) of what `save_model` would store; see `model_id`."""
+        return model_id(_storage_tensors(self), self.config)
+
+    def _to_channels(self, latents: Tensor) -> Tensor:
+        if latents.ndim != 4 or latents.shape[3] != self.config.code_dim:
+            raise InvalidLatents(
+                f"latents must be (B, h, w, {self.config.code_dim}), got {tuple(latents.shape)}"
+            )
+        return latents.permute(0, 3, 1, 2)
+
+
+def model_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> str:
+    """Hex SHA-256 over config, decoder and codebook exactly as stored.
+
+    Encoder and head are left out on purpose: a better encoder for the same decoder and codebook
+    writes codes that every receiver of the old model can read.
+    """
+    digest = hashlib.sha256(config.to_json().encode())
+    for name in sorted(name for name in tensors if name.startswith(_HASHED_PREFIXES)):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_model(model: ScqAutoencoder, path: Path | str) -> str:
+    """Write float16 safetensors with the config as metadata; return the model id."""
+    tensors = _storage_tensors(model)
+    metadata = {"format": _FORMAT, "config": model.config.to_json()}
+    save_file(tensors, str(path), metadata=metadata)
+    return model_id(tensors, model.config)
+
+
+def load_model(path: Path | str) -> ScqAutoencoder:
+    """Read a model written by `save_model`, as float32 in eval mode.
+
+    Raises:
+        ScqError: no such file, not a model file, or tensors that do not fit the config.
+    """
+    config, tensors = read_model_file(path)
+    model = ScqAutoencoder(config)
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise ScqError(f"{path}: tensors do not fit the model config: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def read_model_file(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and stored tensors of a model file, without building the network."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ScqError(f"{path}: cannot read a model file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ScqError(f"{path}: not a {_FORMAT} file; train or download one of the zoo's models")
+    return ModelConfig.from_json(metadata["config"]), tensors
+
+
+def _storage_tensors(model: ScqAutoencoder) -> dict[str, Tensor]:
+    return {name: tensor.detach().half() for name, tensor in _contiguous(model).items()}
+
+
+def _contiguous(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def _build_encoder(config: ModelConfig) -> nn.Sequential:
+    widths = config.encoder_widths
+    layers: list[nn.Module] = [nn.PixelUnshuffle(config.patch)]
+    layers.append(_conv3(3 * config.patch**2, widths[0]))
+    for level, width in enumerate(widths):
+        if level > 0:
+            layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
+        layers += [ResidualBlock(width) for _ in range(config.encoder_blocks[level])]
+    layers.append(nn.Conv2d(widths[-1], config.code_dim, 1))
+    return nn.Sequential(*layers)
+
+
+def _build_decoder(config: ModelConfig) -> nn.Sequential:
+    widths = config.decoder_widths
+    layers: list[nn.Module] = [nn.Conv2d(config.code_dim, widths[-1], 1)]
+    for level in reversed(range(len(widths))):
+        layers += [ResidualBlock(widths[level]) for _ in range(config.decoder_blocks[level])]
+        if level > 0:
+            layers += [nn.Conv2d(widths[level], 4 * widths[level - 1], 1), nn.PixelShuffle(2)]
+    layers += [_conv3(widths[0], 3 * config.patch**2), nn.PixelShuffle(config.patch)]
+    return nn.Sequential(*layers)
