@@ -1,0 +1,49 @@
+"""The language model of the demonstration: fetched and quantized once, then kept in the cache."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.errors import DemoError
+
+MODEL = "smollm2"
+BITS = 4
+GROUP_SIZE = 128
+
+
+@dataclass(frozen=True)
+class LanguageModelFolder:
+    """A quantized checkpoint on disk and the name it is served under."""
+
+    name: str
+    path: Path
+
+
+def prepare(cache: Path) -> LanguageModelFolder:
+    """Return the quantized model, making it first where the cache does not hold it.
+
+    The folder appears under its final name only when it is complete, so an interrupted
+    preparation is simply done again.
+    """
+    model = LanguageModelFolder(
+        name=f"{MODEL}-gptq{BITS}", path=cache / "models" / f"{MODEL}-gptq{BITS}-g{GROUP_SIZE}"
+    )
+    if not (model.path / "config.json").is_file():
+        _quantize(cache, model.path)
+    return model
+
+
+def _quantize(cache: Path, target: Path) -> None:
+    print(f"Preparing the language model (once; some minutes): {target}", flush=True)
+    _vqllm(["fetch", MODEL, "--cache", str(cache)])
+    unfinished = target.with_name(target.name + ".unfinished")
+    options = ["--bits", str(BITS), "--group-size", str(GROUP_SIZE), "--cache", str(cache)]
+    _vqllm(["quantize", MODEL, *options, "-o", str(unfinished)])
+    unfinished.rename(target)
+
+
+def _vqllm(arguments: list[str]) -> None:
+    finished = subprocess.run([sys.executable, "-m", "vqllm", *arguments], check=False)
+    if finished.returncode != 0:
+        raise DemoError(f"`vqllm {arguments[0]}` failed with exit code {finished.returncode}")
