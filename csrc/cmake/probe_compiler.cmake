@@ -4,7 +4,7 @@
 function(vq_probe_cxx reason)
   check_language(CXX)
   if(NOT CMAKE_CXX_COMPILER)
-    set(${reason} "no working C++ compiler was found when it was built" PARENT_SCOPE)
+    set(${reason} "no working C++ compiler was found" PARENT_SCOPE)
     return()
   endif()
   # check_language only identifies the compiler; a linker or a standard library may still be missing.

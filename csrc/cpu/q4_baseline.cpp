@@ -61,7 +61,7 @@ void panel_row(const Q4Job &job, std::int32_t panel, std::int32_t row, float *ou
     const std::int64_t at = (std::int64_t{panel} * job.num_groups + g) * VQ_Q4_PANEL;
     const std::int64_t activation = std::int64_t{row} * job.num_groups + g;
     for (int r = 0; r < VQ_Q4_PANEL; ++r) {
-      const std::int32_t zero = m.zeros != nullptr ? m.zeros[at + r] : VQ_Q4_SYMMETRIC_ZERO;
+      const int zero = m.zeros != nullptr ? m.zeros[at + r] : int{VQ_Q4_SYMMETRIC_ZERO};
       const float scale = m.scales[at + r] * job.x_scales[activation];
       out[r] += static_cast<float>(acc[r] - zero * job.sums[activation]) * scale;
     }
