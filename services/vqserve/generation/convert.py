@@ -1,0 +1,113 @@
+"""Between the contract and the engine: the only file of llmd that sees both kinds of types."""
+
+from __future__ import annotations
+
+from vqllm import errors as engine_errors
+from vqllm.model_info import ModelInfo
+from vqllm.runtime.engine import StepOutput
+from vqllm.runtime.sequence import FinishReason
+from vqserve.common.errors import Internal, ResourceExhausted, ServiceError
+from vqserve.generation import errors
+from vqserve.generation.request import (
+    ChatPrompt,
+    GenerationRequest,
+    Message,
+    Prompt,
+    SamplingValue,
+    TextPrompt,
+    TokenPrompt,
+)
+from vqstack.generation.v1 import generation_pb2
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: generation_pb2.FINISH_REASON_ABORT,
+}
+
+_ERRORS: dict[type[engine_errors.VqllmError], type[ServiceError]] = {
+    engine_errors.EmptyPrompt: errors.EmptyPrompt,
+    engine_errors.PromptTooLong: errors.PromptTooLong,
+    engine_errors.InvalidPrompt: errors.InvalidPrompt,
+    engine_errors.InvalidSampling: errors.InvalidSampling,
+    engine_errors.QueueFull: ResourceExhausted,
+    engine_errors.UnknownModel: errors.InvalidModelPath,
+    engine_errors.UnsupportedModel: errors.InvalidModelPath,
+    engine_errors.CorruptCheckpoint: errors.InvalidModelPath,
+    engine_errors.InvalidConfig: errors.InvalidModelPath,
+}
+
+
+def translate(error: engine_errors.VqllmError, field: str | None = None) -> ServiceError:
+    """The service error that tells a client about an engine error; `field` is the one at fault."""
+    for engine_type, service_type in _ERRORS.items():
+        if isinstance(error, engine_type):
+            return service_type(str(error), field=_field(error) or field)
+    return Internal("the engine refused the request for a reason of its own")
+
+
+def _field(error: engine_errors.VqllmError) -> str | None:
+    if isinstance(error, engine_errors.InvalidSampling):
+        return f"sampling.{error.field}"
+    return None
+
+
+def generation_request(message: generation_pb2.GenerateRequest) -> GenerationRequest:
+    """What a Generate call asks for."""
+    return GenerationRequest(
+        model=message.model, prompt=_prompt(message), sampling=_sampling(message.sampling)
+    )
+
+
+def _prompt(message: generation_pb2.GenerateRequest) -> Prompt | None:
+    match message.WhichOneof("input"):
+        case "prompt":
+            return TextPrompt(message.prompt)
+        case "chat":
+            turns = message.chat.messages
+            return ChatPrompt(tuple(Message(turn.role, turn.content) for turn in turns))
+        case "tokens":
+            return TokenPrompt(tuple(message.tokens.ids))
+    return None
+
+
+def _sampling(message: generation_pb2.SamplingParams) -> dict[str, SamplingValue]:
+    values: dict[str, SamplingValue] = {
+        field.name: value for field, value in message.ListFields() if field.name != "stop"
+    }
+    if message.stop:
+        values["stop"] = tuple(message.stop)
+    return values
+
+
+def generate_response(
+    output: StepOutput, first_token_after: float | None, total: float
+) -> generation_pb2.GenerateResponse:
+    """One message of a Generate stream; the times in seconds go into the last one."""
+    response = generation_pb2.GenerateResponse(text=output.text, token_ids=output.token_ids)
+    if output.finish_reason is not None:
+        response.finish_reason = _FINISH_REASONS[output.finish_reason]
+        response.usage.prompt_tokens = output.num_prompt_tokens
+        response.usage.completion_tokens = output.num_output_tokens
+        response.usage.time_to_first_token_seconds = first_token_after or 0.0
+        response.usage.total_seconds = total
+    return response
+
+
+def model_info(
+    name: str, info: ModelInfo, context_length: int, vocab_size: int, executor: str
+) -> generation_pb2.ModelInfo:
+    """The contract's description of a loaded model; `context_length` is the one being served."""
+    return generation_pb2.ModelInfo(
+        name=name,
+        architecture=info.architecture.removesuffix("ForCausalLM").lower(),
+        method=info.method,
+        bits=info.bits,
+        bpw=info.bpw,
+        group_size=info.group_size,
+        model_hash=info.revision,
+        context_length=context_length,
+        num_parameters=info.num_parameters,
+        vocab_size=vocab_size,
+        executor=executor,
+    )
