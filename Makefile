@@ -62,10 +62,10 @@ $(TOOLS)/.ready: deploy/tools-requirements.txt
 tools: $(TOOLS)/.ready ## install the deployment linters into .tools
 
 demo: $(VENV)/.ready ## photograph -> codes -> picture, labels and an answer, through both services
-	@OMP_NUM_THREADS=2 $(BIN)/python -m demo $(if $(IMAGES),--images $(IMAGES))
+	@OMP_NUM_THREADS=2 PYTHONPATH=examples $(BIN)/python -m demo $(if $(IMAGES),--images $(IMAGES))
 
 serve: $(VENV)/.ready ## run both services until Ctrl-C
-	@$(BIN)/python -m demo.serve
+	@PYTHONPATH=examples $(BIN)/python -m demo.serve
 
 test: $(VENV)/.ready $(TOOLS)/.ready ## run every test that needs no GPU
 	@$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -100,7 +100,7 @@ bench: $(VENV)/.ready ## measure the native kernels side by side with their peer
 	@$(BIN)/python -m vqkernels.bench
 
 load: $(VENV)/.ready ## short open-loop load test of both services on loopback
-	@$(BIN)/python -m demo.load
+	@PYTHONPATH=examples $(BIN)/python -m demo.load
 
 docker-lint: $(TOOLS)/.ready ## lint the Dockerfiles
 	@$(TOOLS_BIN)/hadolint deploy/docker/*.Dockerfile
