@@ -29,7 +29,9 @@ struct Features {
   bool avx512_vnni = false;
 };
 
-bool has_bit(unsigned word, int bit) { return ((word >> bit) & 1u) != 0; }
+bool has_bit(unsigned word, int bit) {
+  return ((word >> bit) & 1u) != 0;
+}
 
 unsigned read_xcr0() {
   unsigned low = 0;
@@ -115,7 +117,9 @@ std::int32_t vq_isa_supported(std::int32_t isa) {
   return vq::is_tier(isa) && vq::tiers()[isa].supported ? 1 : 0;
 }
 
-std::int32_t vq_get_isa(void) { return vq::current_isa().load(std::memory_order_relaxed); }
+std::int32_t vq_get_isa(void) {
+  return vq::current_isa().load(std::memory_order_relaxed);
+}
 
 std::int32_t vq_set_isa(std::int32_t isa) {
   if (isa == VQ_ISA_AUTO) {

@@ -1,6 +1,7 @@
 // Hand-over by a generation counter: a job is published by raising it, finished when every worker
-// has counted `remaining_` down. Sequentially consistent order between `generation_` and `sleepers_`
-// makes a lost wake-up impossible: either the publisher sees the sleeper, or the sleeper the job.
+// has counted `remaining_` down. Sequentially consistent order between `generation_` and
+// `sleepers_` makes a lost wake-up impossible: either the publisher sees the sleeper, or the
+// sleeper the job.
 #include "pool.hpp"
 
 #include <new>
@@ -57,7 +58,9 @@ vq_pool::~vq_pool() {
   }
 }
 
-bool vq_pool::owned_by_this_process() const { return process_ == process_id(); }
+bool vq_pool::owned_by_this_process() const {
+  return process_ == process_id();
+}
 
 void vq_pool::stop() {
   stopping_ = true;
@@ -136,4 +139,6 @@ std::int32_t vq_pool_create(std::int32_t num_threads, vq_pool **pool) {
   return VQ_OK;
 }
 
-void vq_pool_free(vq_pool *pool) { delete pool; }
+void vq_pool_free(vq_pool *pool) {
+  delete pool;
+}

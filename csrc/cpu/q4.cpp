@@ -10,7 +10,9 @@
 
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
 
 std::uint32_t nibble(const std::int32_t *words, std::int64_t word, std::int64_t index) {
   return (static_cast<std::uint32_t>(words[word]) >> (4 * index)) & 15u;
@@ -72,10 +74,10 @@ std::int32_t quantize_rows(const vq_q4_matrix &m, std::int64_t num_groups, const
   scratch.scales.resize(static_cast<std::size_t>(batch * num_groups));
   scratch.sums.resize(static_cast<std::size_t>(batch * num_groups));
   for (std::int64_t row = 0; row < batch; ++row) {
-    const std::int32_t status = vq_q8_quantize(
-        x + row * m.in_features, m.in_features, m.group_size,
-        scratch.q.data() + row * m.in_features, scratch.scales.data() + row * num_groups,
-        scratch.sums.data() + row * num_groups);
+    const std::int32_t status = vq_q8_quantize(x + row * m.in_features, m.in_features, m.group_size,
+                                               scratch.q.data() + row * m.in_features,
+                                               scratch.scales.data() + row * num_groups,
+                                               scratch.sums.data() + row * num_groups);
     if (status != VQ_OK) {
       return status;
     }
@@ -110,7 +112,9 @@ std::int32_t check_gemv(const vq_q4_matrix *matrix, const float *x, std::int32_t
 
 }  // namespace
 
-std::int32_t vq_abi_version(void) { return VQ_ABI_VERSION; }
+std::int32_t vq_abi_version(void) {
+  return VQ_ABI_VERSION;
+}
 
 const char *vq_status_text(std::int32_t status) {
   switch (status) {

@@ -10,7 +10,9 @@
 namespace vq {
 namespace {
 
-constexpr int kPrefetchBytes = 2048;
+// Cold 49152x576, 1 thread on Zen 5: 508 us without prefetch, 435 at 2 KiB, 413 at 4 KiB; more than
+// 6 KiB gains nothing on small layers. Weights in cache do not notice.
+constexpr int kPrefetchBytes = 4096;
 
 __m512i broadcast4(const std::int8_t *q) {
   std::int32_t word;
@@ -61,8 +63,8 @@ __m512 panel_row(const Q4Job &job, std::int32_t panel, std::int32_t row) {
     const std::int64_t activation = std::int64_t{row} * job.num_groups + g;
     const std::uint8_t *zeros = m.zeros != nullptr ? m.zeros + at : nullptr;
     const __m512i exact = _mm512_sub_epi32(acc, zero_term(zeros, job.sums[activation]));
-    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(m.scales + at),
-                                       _mm512_set1_ps(job.x_scales[activation]));
+    const __m512 scale =
+        _mm512_mul_ps(_mm512_loadu_ps(m.scales + at), _mm512_set1_ps(job.x_scales[activation]));
     // Two roundings, as in every tier: an FMA here would change the result.
     out = _mm512_add_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale));
   }

@@ -46,13 +46,13 @@ enum {
 
 typedef enum vq_status {
   VQ_OK = 0,
-  VQ_ERR_NULL = 1,         /* a required pointer is NULL */
-  VQ_ERR_SHAPE = 2,        /* a size is out of range or not a multiple of VQ_Q4_CHUNK */
-  VQ_ERR_ISA = 3,          /* unknown tier, or one this CPU or this build cannot run */
-  VQ_ERR_NONFINITE = 4,    /* an activation is NaN or infinite */
-  VQ_ERR_MEMORY = 5,       /* allocation or thread creation failed */
-  VQ_ERR_FORKED = 6,       /* the pool was created before a fork; its threads are gone */
-  VQ_ERR_ZERO_OFFSET = 7   /* zero_offset is neither 0 nor 1 */
+  VQ_ERR_NULL = 1,       /* a required pointer is NULL */
+  VQ_ERR_SHAPE = 2,      /* a size is out of range or not a multiple of VQ_Q4_CHUNK */
+  VQ_ERR_ISA = 3,        /* unknown tier, or one this CPU or this build cannot run */
+  VQ_ERR_NONFINITE = 4,  /* an activation is NaN or infinite */
+  VQ_ERR_MEMORY = 5,     /* allocation or thread creation failed */
+  VQ_ERR_FORKED = 6,     /* the pool was created before a fork; its threads are gone */
+  VQ_ERR_ZERO_OFFSET = 7 /* zero_offset is neither 0 nor 1 */
 } vq_status;
 
 /* Instruction-set tiers, slowest first. All tiers give bit-identical results. */
@@ -84,7 +84,8 @@ typedef struct vq_q4_sizes {
 
 /* A layer as GPTQ checkpoints store it. With G = ceil(in_features / group_size):
  *   qweight [in_features / 8][out_features]    nibble i of a word = column 8 * row + i
- *   qzeros  [G][ceil(out_features / 8)]        nibble i of a word = output 8 * word + i; NULL = all 8
+ *   qzeros  [G][ceil(out_features / 8)]        nibble i of a word = output 8 * word + i;
+ *                                              NULL: every zero point is VQ_Q4_SYMMETRIC_ZERO
  *   scales  [G][out_features]
  * zero_offset is added to each stored zero point modulo 16: 1 for "gptq" files (they store z - 1),
  * 0 for "gptq_v2". Column k belongs to group k / group_size (static groups, no act-order index). */
@@ -119,7 +120,8 @@ VQ_API int32_t vq_get_isa(void);
 /* Force a tier for the whole process, or VQ_ISA_AUTO. VQ_ERR_ISA leaves the tier as it was. */
 VQ_API int32_t vq_set_isa(int32_t isa);
 
-/* Start num_threads - 1 worker threads (1 <= num_threads <= VQ_MAX_THREADS). Free with vq_pool_free. */
+/* Start num_threads - 1 worker threads (1 <= num_threads <= VQ_MAX_THREADS). Free with
+ * vq_pool_free. */
 VQ_API int32_t vq_pool_create(int32_t num_threads, vq_pool **pool);
 
 /* Join the workers. NULL is allowed. No call may be running on the pool. */
@@ -136,9 +138,9 @@ VQ_API int32_t vq_q4_pack_gptq(const vq_gptq_q4 *source, uint8_t *codes, float *
 
 /* Quantize one activation row to int8, one scale per group:
  *   amax = max |x| over the group; scale = amax / 127; q = round_half_even(x * (127 / amax))
- * all in binary32. A group with amax < 1e-30 becomes q = 0, scale = 0. sums[g] = sum of q in group g.
- * The error is at most scale / 2 per value; on Gaussian rows with group 128 the relative RMS error
- * is about 6e-3. x and q hold num_values values, scales and sums ceil(num_values / group_size). */
+ * all in binary32. A group with amax < 1e-30 becomes q = 0, scale = 0; sums[g] = sum of q in group
+ * g. The error is at most scale / 2 per value; on Gaussian rows with group 128 the relative RMS
+ * error is about 6e-3. x and q hold num_values values, scales and sums one value per group. */
 VQ_API int32_t vq_q8_quantize(const float *x, int32_t num_values, int32_t group_size, int8_t *q,
                               float *scales, int32_t *sums);
 

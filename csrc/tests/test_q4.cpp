@@ -35,8 +35,8 @@ struct Layer {
 
   std::int64_t words_per_row() const { return (out_features + 7) / 8; }
   int code(std::int64_t k, std::int64_t n) const {
-    return static_cast<int>((static_cast<std::uint32_t>(qweight[k / 8 * out_features + n]) >>
-                             (4 * (k % 8))) & 15u);
+    return static_cast<int>(
+        (static_cast<std::uint32_t>(qweight[k / 8 * out_features + n]) >> (4 * (k % 8))) & 15u);
   }
   int zero(std::int64_t g, std::int64_t n) const {
     if (!has_zeros) {
@@ -46,11 +46,18 @@ struct Layer {
     return static_cast<int>(((word >> (4 * (n % 8))) + 1) & 15u);
   }
   vq_gptq_q4 source() const {
-    return {in_features, out_features, group_size, 1, qweight.data(),
-            has_zeros ? qzeros.data() : nullptr, scales.data()};
+    return {in_features,    out_features,
+            group_size,     1,
+            qweight.data(), has_zeros ? qzeros.data() : nullptr,
+            scales.data()};
   }
   vq_q4_matrix matrix() const {
-    return {in_features, out_features, group_size, 0, codes.data(), packed_scales.data(),
+    return {in_features,
+            out_features,
+            group_size,
+            0,
+            codes.data(),
+            packed_scales.data(),
             has_zeros ? packed_zeros.data() : nullptr};
   }
 };
@@ -71,7 +78,8 @@ Layer make_layer(std::int32_t in, std::int32_t out, std::int32_t group, bool has
   layer.packed_zeros.resize(static_cast<std::size_t>(layer.sizes.num_scales));
   const vq_gptq_q4 source = layer.source();
   expect(vq_q4_pack_gptq(&source, layer.codes.data(), layer.packed_scales.data(),
-                         layer.packed_zeros.data()) == VQ_OK, "pack a valid layer");
+                         layer.packed_zeros.data()) == VQ_OK,
+         "pack a valid layer");
   return layer;
 }
 
@@ -82,7 +90,8 @@ std::vector<float> reference_row(const Layer &layer, const float *x) {
   std::vector<float> x_scales(groups), y(static_cast<std::size_t>(layer.out_features), 0.0f);
   std::vector<std::int32_t> sums(groups);
   expect(vq_q8_quantize(x, layer.in_features, layer.group_size, q.data(), x_scales.data(),
-                        sums.data()) == VQ_OK, "quantize finite activations");
+                        sums.data()) == VQ_OK,
+         "quantize finite activations");
   for (std::int32_t n = 0; n < layer.out_features; ++n) {
     for (std::int64_t g = 0; g < layer.sizes.num_groups; ++g) {
       std::int32_t dot = 0;
@@ -114,10 +123,9 @@ void check_layer(const Layer &layer, std::int32_t batch, vq_pool *pool, std::mt1
     constexpr float kGuard = -12345.0f;
     std::vector<float> y(expected.size() + 1, kGuard);
     expect(vq_q4_gemv(&matrix, x.data(), batch, y.data(), pool) == VQ_OK, "gemv");
-    const std::string what = std::string(vq_isa_name(isa)) + " " +
-                             std::to_string(layer.out_features) + "x" +
-                             std::to_string(layer.in_features) + " group " +
-                             std::to_string(layer.group_size);
+    const std::string what =
+        std::string(vq_isa_name(isa)) + " " + std::to_string(layer.out_features) + "x" +
+        std::to_string(layer.in_features) + " group " + std::to_string(layer.group_size);
     expect(std::memcmp(y.data(), expected.data(), expected.size() * sizeof(float)) == 0,
            what + " equals the reference bit for bit");
     expect(y.back() == kGuard, what + " writes only its outputs");
@@ -126,8 +134,9 @@ void check_layer(const Layer &layer, std::int32_t batch, vq_pool *pool, std::mt1
 
 void test_shapes(vq_pool *pool) {
   std::mt19937 random(7);
-  const std::int32_t shapes[][3] = {{8, 1, 8},      {576, 33, 128}, {576, 16, 576}, {1536, 15, 128},
-                                    {64, 48, 128},  {72, 17, 32},   {1032, 5, 128}, {2048, 40, 2048}};
+  const std::int32_t shapes[][3] = {{8, 1, 8},       {576, 33, 128},  {576, 16, 576},
+                                    {1536, 15, 128}, {64, 48, 128},   {72, 17, 32},
+                                    {1032, 5, 128},  {2048, 40, 2048}};
   for (const auto &shape : shapes) {
     for (const bool has_zeros : {false, true}) {
       const Layer layer = make_layer(shape[0], shape[1], shape[2], has_zeros, random);
