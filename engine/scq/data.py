@@ -6,7 +6,6 @@ given. Pictures are never written to disk. This module knows nothing of models.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from scq.errors import InvalidImage, ScqError
-
-Pixels = NDArray[np.uint8]
+from scq.images import Pixels, read_image
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm"}
@@ -233,7 +231,6 @@ def _read_video(path: Path) -> Iterator[tuple[str, Pixels]]:
 
 def _decode(data: bytes, name: str) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return read_image(data)
+    except InvalidImage as error:
         raise InvalidImage(f"{name}: cannot decode: {error}") from error

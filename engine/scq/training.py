@@ -367,7 +367,7 @@ class _Trainer:
         self.usage = tensors.pop("usage")
         self.model.load_state_dict(_with_prefix(tensors, "model."))
         self.average.load_state_dict(_with_prefix(tensors, "average."))
-        _load_moments(self.optimizer, tensors, self.step)
+        _load_moments(self.optimizer, tensors)
 
     def _enter_phase(self) -> None:
         config, step = self.config, self.step
@@ -595,7 +595,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int) -> None:
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _with_prefix(tensors, "optimizer.").items():
         number, moment = name.split(".")

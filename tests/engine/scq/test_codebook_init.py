@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from scq.codebook_init import kmeans, refine
 from scq.errors import InvalidLatents
 from scq.lattice import LatticeCode, reconstruct, search
-from torch import Tensor
 
 CODE = LatticeCode(24)
 
@@ -28,7 +29,7 @@ def test_kmeans_uses_every_code_and_repeats() -> None:
     latents = clustered_latents()
     first, second = (kmeans(latents, 24, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
-    assert len(torch.cdist(latents, first).argmin(dim=1).unique()) == 24
+    assert len(set(torch.cdist(latents, first).argmin(dim=1).tolist())) == 24
 
 
 def test_least_squares_rounds_cut_the_coded_error() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from scq.data import (
     GTSRB_CLASSES,
     CropConfig,
@@ -51,7 +52,7 @@ def test_flat_zips_are_read_in_name_order_without_labels(tmp_path: Path) -> None
     assert images.names == ("a.png", "b.png")
     assert grey_levels(images) == [1, 2]
     assert images.images[0].shape == (4, 6, 3)
-    assert images.labels == images.classes == ()
+    assert (images.labels, images.classes) == ((), ())
 
 
 def test_class_folders_become_sorted_classes_in_zips_and_folders(tmp_path: Path) -> None:

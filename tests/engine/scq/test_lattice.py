@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from scq.errors import InvalidCodebook, InvalidLatents, UnsupportedOperation
 from scq.lattice import LatticeAssignment, LatticeCode, reconstruct, search
-from torch import Tensor
 
 
 def all_points(codebook: Tensor, code: LatticeCode) -> Tensor:

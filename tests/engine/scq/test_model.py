@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from scq.errors import InvalidImage, InvalidLatents, ScqError, UnsupportedOperation
 from scq.model import ModelConfig, ScqAutoencoder, load_model, model_id, save_model
 

@@ -1,0 +1,233 @@
+"""A tiny model learns synthetic pictures through all phases; runs repeat, resume and refuse."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from scq.data import GTSRB_CLASSES, CropConfig, ImageSet
+from scq.errors import ScqError
+from scq.model import ModelConfig, ScqAutoencoder, load_model
+from scq.training import (
+    PRESETS,
+    TrainConfig,
+    TrainProgress,
+    split,
+    train,
+    validate,
+    with_classes,
+)
+
+TINY = TrainConfig(
+    model=ModelConfig(
+        "tiny",
+        "frame",
+        stride=8,
+        max_width=64,
+        max_height=64,
+        code_dim=4,
+        num_codes=16,
+        encoder_widths=(12, 12),
+        encoder_blocks=(1, 1),
+        decoder_widths=(12, 12),
+        decoder_blocks=(1, 1),
+        head_width=8,
+    ),
+    crop=CropConfig(size=32, min_scale=0.8, max_scale=1.0),
+    identity_steps=30,
+    soft_steps=5,
+    lattice_steps=35,
+    finetune_steps=10,
+    batch_size=8,
+    learning_rate=4e-3,
+    class_weight=0.05,
+    dead_code_interval=5,
+    ema_decay=0.9,
+    bfloat16=False,
+    validate_interval=20,
+    checkpoint_interval=40,
+)
+
+
+def two_colour_pictures(count: int = 24) -> ImageSet:
+    """Noisy pictures of class "cold" (blue) or "warm" (red), bright above a random row."""
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(count):
+        image = rng.integers(0, 30, (40, 48, 3))
+        image[: rng.integers(8, 32)] += 80
+        image[..., 2 if number % 2 == 0 else 0] += 120
+        images.append(image.astype(np.uint8))
+    names = tuple(f"{number:02d}" for number in range(count))
+    labels = tuple(number % 2 for number in range(count))
+    return ImageSet(tuple(images), names, labels, ("cold", "warm"))
+
+
+def log_column(folder: Path, name: str) -> list[str]:
+    with (folder / "log.csv").open(newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def test_all_phases_learn_pictures_and_classes(tmp_path: Path) -> None:
+    heard: list[TrainProgress] = []
+    result = train(TINY, two_colour_pictures(), tmp_path, progress=heard.append)
+    assert [item.step for item in heard] == list(range(1, 81))
+    assert [heard[i].phase for i in (0, 30, 35, 79)] == ["identity", "soft", "lattice", "finetune"]
+    assert all(math.isfinite(item.loss) for item in heard)
+    assert result.validation_psnr_db > heard[0].psnr_db + 4
+    assert result.validation_accuracy == 1
+    model = load_model(result.model_path)
+    assert model.model_hash == result.model_hash
+    assert model.config.classes == ("cold", "warm")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
+    assert log_column(tmp_path, "step") == [str(step) for step in range(1, 81)]
+
+
+def test_equal_seeds_give_equal_models(tmp_path: Path) -> None:
+    short = replace(TINY, identity_steps=4, soft_steps=2, lattice_steps=6, finetune_steps=2)
+    images = two_colour_pictures()
+    hashes = [train(short, images, tmp_path / name).model_hash for name in ("a", "b")]
+    other = train(replace(short, seed=1), images, tmp_path / "c").model_hash
+    assert hashes[0] == hashes[1] != other
+
+
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    config = replace(
+        TINY,
+        identity_steps=4,
+        soft_steps=2,
+        lattice_steps=8,
+        finetune_steps=4,
+        checkpoint_interval=9,
+    )
+    images = two_colour_pictures()
+    whole = train(config, images, tmp_path / "whole")
+
+    class StopError(Exception):
+        pass
+
+    def stop_after(step: int) -> None:
+        def watch(progress: TrainProgress) -> None:
+            if progress.step == step:
+                raise StopError
+
+        with pytest.raises(StopError):
+            train(config, images, tmp_path / "parts", progress=watch)
+
+    stop_after(10)
+    resumed = train(config, images, tmp_path / "parts", resume=True)
+    assert resumed.model_hash == whole.model_hash
+
+
+def test_resuming_needs_a_checkpoint_of_the_same_config(tmp_path: Path) -> None:
+    images = two_colour_pictures()
+    with pytest.raises(ScqError, match="no checkpoint to resume"):
+        train(TINY, images, tmp_path, resume=True)
+    short = replace(TINY, identity_steps=2, soft_steps=0, lattice_steps=1, finetune_steps=0)
+    train(short, images, tmp_path)
+    with pytest.raises(ScqError, match="different training config"):
+        train(replace(short, seed=5), images, tmp_path, resume=True)
+
+
+def test_pictures_without_classes_train_a_model_without_head(tmp_path: Path) -> None:
+    labelled = two_colour_pictures()
+    images = ImageSet(labelled.images, labelled.names)
+    config = replace(
+        TINY, identity_steps=2, soft_steps=0, lattice_steps=2, finetune_steps=1, class_weight=0.0
+    )
+    result = train(config, images, tmp_path)
+    assert load_model(result.model_path).head is None
+    assert math.isnan(result.validation_accuracy)
+
+
+def test_a_class_loss_needs_class_folders(tmp_path: Path) -> None:
+    labelled = two_colour_pictures()
+    with pytest.raises(ScqError, match="no class folders"):
+        train(TINY, ImageSet(labelled.images, labelled.names), tmp_path)
+    named = replace(TINY, model=replace(TINY.model, classes=("only",)))
+    with pytest.raises(ScqError, match="do not fit the model's 1 classes"):
+        train(named, labelled, tmp_path)
+
+
+def test_numbered_sign_folders_get_their_names() -> None:
+    images = two_colour_pictures(4)
+    folders = tuple(f"{number:02d}" for number in range(43))
+    signs = ImageSet(images.images, images.names, images.labels, folders)
+    assert with_classes(PRESETS["sign32"], signs).model.classes == GTSRB_CLASSES
+    assert with_classes(TINY, images).model.classes == ("cold", "warm")
+    assert with_classes(PRESETS["nav"], signs).model.classes == ()
+
+
+def test_learning_rate_warms_up_falls_and_restarts_for_finetuning() -> None:
+    config = replace(TINY, lattice_steps=965, finetune_steps=200)
+    rates = [config.step_learning_rate(step) for step in range(config.total_steps)]
+    assert rates[0] == pytest.approx(config.learning_rate / 100)
+    assert max(rates) == pytest.approx(config.learning_rate, rel=0.03)
+    assert rates[999] < 0.06 * config.learning_rate
+    assert rates[1000] == pytest.approx(0.3 * config.learning_rate)
+    assert rates[-1] < 1e-3 * config.learning_rate
+
+
+@pytest.mark.parametrize("mode", ["tail", "random", "none"])
+def test_hold_out_modes(mode: Literal["tail", "random", "none"]) -> None:
+    images = two_colour_pictures(20)
+    training, validation = split(replace(TINY, hold_out=mode), images)
+    if mode == "none":
+        assert validation is None
+        assert len(training) == 20
+    else:
+        assert validation is not None
+        assert set(training.names).isdisjoint(validation.names)
+        assert len(validation) == 2
+
+
+def test_configs_survive_json() -> None:
+    for config in (TINY, *PRESETS.values()):
+        assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"colour": 1}', '{"model": {}, "crop": {}}'])
+def test_other_json_is_no_training_config(text: str) -> None:
+    with pytest.raises(ScqError, match="config"):
+        TrainConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("ema_decay", 1.0),
+        ("hold_out", "half"),
+        ("soft_steps", -1),
+        ("crop", CropConfig(size=30)),
+    ],
+)
+def test_configs_name_the_bad_field(name: str, value: object) -> None:
+    with pytest.raises(ScqError, match=name):
+        replace(TINY, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["nav", "food", "sign32"])
+def test_presets_stay_under_three_megabytes(name: str) -> None:
+    classes = {"nav": 0, "food": 10, "sign32": 43}[name]
+    config = replace(PRESETS[name].model, classes=tuple(f"c{i}" for i in range(classes)))
+    parameters = sum(item.numel() for item in ScqAutoencoder(config).parameters())
+    assert 2 * parameters <= 3_000_000 - 20_000
+
+
+def test_validation_sees_uneven_sizes_and_limits(tmp_path: Path) -> None:
+    short = replace(TINY, identity_steps=2, soft_steps=0, lattice_steps=1, finetune_steps=0)
+    result = train(short, two_colour_pictures(), tmp_path)
+    model = load_model(result.model_path)
+    ragged = ImageSet((np.zeros((19, 33, 3), np.uint8),) * 3, ("a", "b", "c"))
+    figures = validate(model, ragged, limit=2)
+    assert math.isfinite(figures.psnr_db)
+    assert math.isnan(figures.accuracy)
