@@ -1,0 +1,43 @@
+"""Settings of tokenizerd. See `vqserve.common.config` for where they come from."""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import Field
+
+from vqserve.common.config import ServiceSettings
+
+
+class TokenizerSettings(ServiceSettings):
+    """Flags and environment of `python -m vqserve.tokenizer`."""
+
+    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    http_port: int = Field(8080, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    models: str = Field(
+        "",
+        description="Models to serve, comma-separated: zoo names or paths of model files; "
+        "every zoo model when empty",
+    )
+    engine_threads: int = Field(2, ge=1, description="Frames that are worked on at the same time")
+    torch_threads: int = Field(
+        0, ge=0, description="Threads per frame inside torch; 0 shares the CPU's cores evenly"
+    )
+    max_streams: int = Field(64, ge=1, description="Frame streams open at the same time")
+    stream_queue_frames: int = Field(
+        4, ge=1, description="Frames of one stream that wait for their turn"
+    )
+    codebook_window_frames: int = Field(
+        256, ge=1, description="Frames over which the codebook use is measured"
+    )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """`models` split at its commas."""
+        return tuple(name.strip() for name in self.models.split(",") if name.strip())
+
+    @property
+    def effective_torch_threads(self) -> int:
+        """Threads that torch uses for one frame."""
+        cores = os.cpu_count() or 1
+        return self.torch_threads or max(1, cores // self.engine_threads)

@@ -1,0 +1,74 @@
+"""Model files to served models. Knows the engine, no protobuf and no transport."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scq import zoo
+from scq.codec import FrameCodec
+from scq.model import ScqAutoencoder, load_model
+from vqserve.tokenizer.codecs import ModelCard, ServedModel
+from vqserve.tokenizer.convert import translated_errors
+from vqserve.tokenizer.errors import InvalidModel
+
+# Names become metric labels and parts of URLs.
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def load_served(spec: str, max_image_pixels: int) -> ServedModel:
+    """A zoo model by name, or a model file by path (anything with a slash or a suffix)."""
+    with translated_errors():
+        is_path = "/" in spec or spec.endswith(".safetensors")
+        model = load_model(spec) if is_path else zoo.load(spec)
+    return serve(model, max_image_pixels)
+
+
+def load_served_file(path: Path, name: str, max_image_pixels: int) -> ServedModel:
+    """A model file, served under `name` or under its own name when that is empty."""
+    with translated_errors():
+        model = load_model(path)
+    return serve(model, max_image_pixels, name)
+
+
+def zoo_names() -> list[str]:
+    """Names of the models that are shipped."""
+    return [info.name for info in zoo.list_models()]
+
+
+def serve(model: ScqAutoencoder, max_image_pixels: int, name: str = "") -> ServedModel:
+    """A model ready to be served; raises InvalidModel for a name that cannot be."""
+    card = _card(model, name or model.config.name)
+    if not NAME_PATTERN.fullmatch(card.name):
+        raise InvalidModel(
+            f"{card.name[:100]!r} cannot be served; a model name matches {NAME_PATTERN.pattern}",
+            field="name",
+        )
+    codec = FrameCodec(model, max_pixels=max_image_pixels)
+    return ServedModel(card, _codebook_bytes(model), codec)
+
+
+def _card(model: ScqAutoencoder, name: str) -> ModelCard:
+    config = model.config
+    return ModelCard(
+        name=name,
+        model_hash=model.model_hash,
+        is_crop=config.kind == "crop",
+        stride=config.stride,
+        code_dim=config.code_dim,
+        num_codes=config.num_codes,
+        max_support=config.max_support,
+        denominator=config.denominator,
+        bits_per_latent=config.lattice.bits_per_latent,
+        classes=config.classes,
+        max_width=config.max_width,
+        max_height=config.max_height,
+    )
+
+
+def _codebook_bytes(model: ScqAutoencoder) -> bytes:
+    codebook = model.quantizer.codebook.detach().to(torch.float32).cpu().numpy()
+    return np.ascontiguousarray(codebook, dtype="<f4").tobytes()
