@@ -1,0 +1,1 @@
+"""Checkpoints to graphs for other runtimes."""

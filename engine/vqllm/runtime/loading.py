@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from vqllm.checkpoint import Checkpoint
+from vqllm.errors import CorruptCheckpoint, ExecutorUnavailable
 from vqllm.model_info import ModelInfo
 from vqllm.runtime.engine import Engine, EngineConfig
+from vqllm.runtime.executors.base import Executor
 from vqllm.runtime.tokenizer import ChatTokenizer
-
-ExecutorName = Literal["onnx", "torch"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,37 @@ def load(
 
     Raises:
         UnknownModel, UnsupportedModel, CorruptCheckpoint: the folder cannot be run.
-        ExecutorUnavailable: the executor's library is missing or installed twice.
+        ExecutorUnavailable: no such executor, or its library is missing or installed twice.
     """
-    raise NotImplementedError
+    config = config or EngineConfig()
+    checkpoint = Checkpoint(folder)
+    tokenizer = ChatTokenizer.from_folder(folder)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise CorruptCheckpoint(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the embedding "
+            f"{checkpoint.config.vocab_size} rows"
+        )
+    runner = make_executor(checkpoint, executor, config, num_threads)
+    return LoadedModel(Engine(runner, tokenizer, config), tokenizer, checkpoint.info())
+
+
+def make_executor(
+    checkpoint: Checkpoint, name: str, config: EngineConfig, num_threads: int = 0
+) -> Executor:
+    """The executor called `name`, with room for what `config` allows.
+
+    Raises:
+        ExecutorUnavailable: no such executor, or its library is missing or installed twice.
+    """
+    context_length = config.resolve_context_length(checkpoint.config.context_length)
+    sizes = (context_length, config.max_num_sequences, num_threads)
+    # Imported here: each brings a library that the other does not need.
+    if name == "onnx":
+        from vqllm.runtime.executors.onnx import OnnxExecutor
+
+        return OnnxExecutor(checkpoint, *sizes)
+    if name == "torch":
+        from vqllm.runtime.executors.torch import TorchExecutor
+
+        return TorchExecutor(checkpoint, *sizes)
+    raise ExecutorUnavailable(f"no executor is called {name!r}; known: onnx, torch")

