@@ -33,7 +33,8 @@ class VqError(Exception):
 
     `reason` is machine-readable (for example "CORRUPT_CODES"), `field` the path of the wrong
     request field or empty, `retry_after` the pause the server asks for in seconds or None,
-    `request_id` the server's name of the call for looking it up in its logs, or empty.
+    `request_id` the server's name of the call for looking it up in its logs, or empty, `service`
+    "tokenizer" or "generation" where the call's status tells, or empty.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class VqError(Exception):
         field: str = "",
         retry_after: float | None = None,
         request_id: str = "",
+        service: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -53,6 +55,7 @@ class VqError(Exception):
         self.field = field
         self.retry_after = retry_after
         self.request_id = request_id
+        self.service = service
 
     def __str__(self) -> str:
         where = f" (field {self.field})" if self.field else ""
@@ -140,16 +143,17 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, service: str, address: str) -
     code = error.code()
     status = _status_of(error)
     if status is not None:
-        return _from_status(code, status)
+        return _from_status(code, status, service)
     if code is StatusCode.UNAVAILABLE:
         return UnavailableError(
             f"cannot reach the {service} service at {address}: {error.details() or 'no answer'}; "
             "start the service, or give the address it listens on",
             code=code,
             reason=UNREACHABLE,
+            service=service,
         )
     message = error.details() or f"the {service} service at {address} gave no message"
-    return error_class(code)(message, code=code)
+    return error_class(code)(message, code=code, service=service)
 
 
 def _status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
@@ -163,7 +167,7 @@ def _status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
     return None
 
 
-def _from_status(code: StatusCode, status: status_pb2.Status) -> VqError:
+def _from_status(code: StatusCode, status: status_pb2.Status, service: str) -> VqError:
     info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     retry, request = error_details_pb2.RetryInfo(), error_details_pb2.RequestInfo()
     has_retry = False
@@ -178,4 +182,5 @@ def _from_status(code: StatusCode, status: status_pb2.Status) -> VqError:
         field=violations[0].field if violations else "",
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() if has_retry else None,
         request_id=request.request_id,
+        service=service,
     )

@@ -57,14 +57,18 @@ class Window:
         self._unanswered: deque[int] = deque()
         self._freed = asyncio.Event()
 
-    async def take(self, seq: int) -> None:
-        """Wait for a place and give it to frame `seq`."""
-        if self._is_full():
-            try:
-                async with asyncio.timeout(self._max_age or None):
-                    await self._until_free()
-            except TimeoutError:
-                self._unanswered.popleft()
+    async def free(self) -> None:
+        """Wait for a place."""
+        if not self._is_full():
+            return
+        try:
+            async with asyncio.timeout(self._max_age or None):
+                await self._until_free()
+        except TimeoutError:
+            self._unanswered.popleft()
+
+    def take(self, seq: int) -> None:
+        """Give a place to frame `seq`."""
         self._unanswered.append(seq)
 
     def answered(self, seq: int) -> None:
@@ -155,13 +159,15 @@ async def _write_all(
     opened: OpenStream, frames: AsyncIterable[Frame] | Iterable[Frame], window: Window
 ) -> None:
     """Write every frame; when the call is over, stop and let the reader report why."""
+    await window.free()
     async for frame in _each(frames):
         _require_payload_size(frame, opened.max_payload_bytes)
-        await window.take(frame.seq)
+        window.take(frame.seq)
         try:
             await opened.call.write(convert.stream_frame(frame))
         except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
             return
+        await window.free()
     await opened.call.done_writing()
 
 

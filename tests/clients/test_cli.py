@@ -1,0 +1,208 @@
+"""The command `vqclient` as a real process, against in-process fakes of the services."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from grpc import StatusCode
+
+from vqclient.testing import FakeGenerationService, FakeTokenizerService, refusal, serve
+
+TIMEOUT = 60
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How the process ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Awaitable[Finished]]
+
+
+@pytest.fixture
+def tokenizer() -> FakeTokenizerService:
+    return FakeTokenizerService()
+
+
+@pytest.fixture
+def generation() -> FakeGenerationService:
+    return FakeGenerationService()
+
+
+@pytest.fixture
+async def run(
+    tokenizer: FakeTokenizerService, generation: FakeGenerationService, tmp_path: Path
+) -> AsyncIterator[Run]:
+    """Runs vqclient in `tmp_path` against the fakes."""
+    async with serve(tokenizer, generation) as address:
+        addresses = {"VQCLIENT_TOKENIZER_ADDRESS": address, "VQCLIENT_LLM_ADDRESS": address}
+        environment = os.environ | addresses | {"COLUMNS": "120", "NO_COLOR": "1"}
+
+        async def run_vqclient(*arguments: str, stdin: str = "") -> Finished:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "vqclient",
+                *arguments,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=tmp_path,
+                env=environment,
+            )
+            async with asyncio.timeout(TIMEOUT):
+                out, err = await process.communicate(stdin.encode())
+            return Finished(process.returncode or 0, out.decode(), err.decode())
+
+        yield run_vqclient
+
+
+async def test_encode_then_decode_gives_the_file_back(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"a photograph")
+    encoded = await run("encode", "photo.jpg", "-o", "photo.scq")
+    decoded = await run("decode", "photo.scq", "-o", "back.png")
+    assert (encoded.code, decoded.code) == (0, 0)
+    assert "photo.scq: 36 bytes, 0.0938 bpp, 64x48, model nav" in encoded.out
+    assert (tmp_path / "back.png").read_bytes() == b"a photograph"
+
+
+async def test_default_outputs_never_replace_the_picture(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"a photograph")
+    await run("encode", "photo.png")
+    await run("decode", "photo.scq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "photo.decoded.png",
+        "photo.png",
+        "photo.scq",
+    ]
+
+
+async def test_recognize_reads_pictures_and_codes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "soup.jpg").write_bytes(b"soup")
+    await run("encode", "soup.jpg")
+    picture = await run("recognize", "soup.jpg", "--model", "nav")
+    codes = await run("recognize", "soup.scq")
+    assert picture.out == codes.out
+    assert "bibimbap" in codes.out
+
+
+async def test_models_lists_both_services(run: Run) -> None:
+    listed = await run("models")
+    assert listed.code == 0
+    assert "256x16" in listed.out
+    assert "gptq 4 bit" in listed.out
+
+
+async def test_models_lists_one_service_and_names_the_other(run: Run) -> None:
+    listed = await run("models", "--llm-address", "127.0.0.1:1")
+    assert listed.code == 0
+    assert "256x16" in listed.out
+    assert "generation service at 127.0.0.1:1" in listed.err
+
+
+async def test_one_question_streams_one_answer(run: Run, generation: FakeGenerationService) -> None:
+    asked = await run("chat", "count to three", "--system", "be short", "--seed", "7")
+    assert (asked.code, asked.out) == (0, "one two three\n")
+    assert "3 prompt tokens, 3 new" in asked.err
+    (request,) = generation.requests
+    assert [turn.role for turn in request.chat.messages] == ["system", "user"]
+    assert request.sampling.seed == 7
+
+
+async def test_a_conversation_remembers_until_cleared(
+    run: Run, generation: FakeGenerationService
+) -> None:
+    talked = await run("chat", stdin="first\n\nsecond\n/clear\nthird\n/quit\nnever\n")
+    assert talked.code == 0
+    turns = [[turn.role for turn in request.chat.messages] for request in generation.requests]
+    assert turns == [["user"], ["user", "assistant", "user"], ["user"]]
+
+
+async def test_a_failed_turn_does_not_end_the_conversation(
+    run: Run, generation: FakeGenerationService
+) -> None:
+    generation.calls.failures.append(
+        refusal(StatusCode.INVALID_ARGUMENT, "prompt too long", reason="PROMPT_TOO_LONG")
+    )
+    talked = await run("chat", stdin="long\nshort\n")
+    assert talked.code == 0
+    assert "PROMPT_TOO_LONG: prompt too long" in talked.err
+    assert talked.out == "one two three\n"
+    assert len(generation.requests[0].chat.messages) == 1
+
+
+async def test_stream_reports_rate_latency_and_drops(run: Run, tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="needs PyAV: pip install 'vqclient[video]'")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    shown = await run("stream", "clip.mp4", "--no-paced", "--max-frames", "6", "--size", "32x32")
+    assert shown.code == 0, shown.err
+    assert "frames answered │ 6 in" in shown.out
+    assert "0.0938 bpp" in shown.out
+    assert "0 before sending, 0 by age" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "nope.jpg"], "cannot read nope.jpg: No such file or directory"),
+        (["encode", "empty.jpg"], "empty.jpg is empty; give a file with content"),
+        (["encode", "x.jpg", "--model", "zzz"], "UNKNOWN_MODEL: unknown model 'zzz'"),
+        (["encode", "x.jpg", "-o", "no/folder.scq"], "cannot write no/folder.scq"),
+        (["encode", "x.jpg", "--tokenizer-address", "nonsense"], "'nonsense' is not HOST:PORT"),
+        (["decode", "x.jpg"], "CORRUPT_CODES: checksum mismatch (field codes)"),
+        (["decode", "x.jpg", "-o", "x.gif"], "cannot write x.gif: name it .png, .jpg or .webp"),
+        (["stream", "x.jpg"], "x.jpg"),
+        (["stream", "nope.mp4"], "cannot open video nope.mp4"),
+        (["stream", "x.mp4", "--size", "big"], "write WIDTHxHEIGHT"),
+        (["stream", "x.mp4", "--operation", "decode"], "a video holds pictures, not codes"),
+        (["chat", " "], "the question is empty"),
+        (["--timeout", "0", "chat", "hi"], "give a positive number of seconds"),
+        (["--tls-ca", "nope.pem", "chat", "hi"], "cannot read nope.pem"),
+    ],
+)
+async def test_mistakes_are_one_line_and_exit_2(
+    run: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    if arguments[0] == "stream":
+        pytest.importorskip("av", reason="needs PyAV: pip install 'vqclient[video]'")
+    (tmp_path / "x.jpg").write_bytes(b"no codes")
+    (tmp_path / "empty.jpg").touch()
+    finished = await run(*arguments)
+    assert finished.code == 2
+    assert message in finished.err
+    assert finished.err.startswith("vqclient: ")
+    assert finished.err.count("\n") == 1
+    assert finished.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["encode", "x.jpg", "--tokenizer-address", "127.0.0.1:1"], "vqserve.tokenizer"),
+        (["chat", "hi", "--llm-address", "127.0.0.1:1"], "vqserve.generation"),
+    ],
+)
+async def test_unreachable_service_names_address_and_remedy(
+    run: Run, tmp_path: Path, arguments: list[str], remedy: str
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    finished = await run(*arguments)
+    assert finished.code == 2
+    assert "service at 127.0.0.1:1" in finished.err
+    assert f"start it with `python -m {remedy}" in finished.err
+    assert finished.err.count("\n") == 1
