@@ -191,15 +191,18 @@ def _combine(weights: Tensor, codes: Tensor) -> Tensor:
 def _linear_term(problem: _Problem, batch: _Batch, indices: Tensor) -> Tensor:
     """(n, W) b = C_S z + lam e_j on the support, 0 in pad slots."""
     linear = torch.bmm(problem.codebook[indices], batch.latents[:, :, None]).squeeze(2)
-    return linear + problem.lam * (indices == batch.nearest[:, None])
+    # .double(): lam times a bool tensor would be rounded to float32.
+    return linear + problem.lam * (indices == batch.nearest[:, None]).double()
 
 
 def _solve_bordered(problem: _Problem, indices: Tensor, linear: Tensor, total: float) -> Tensor:
     """Solve A q + nu 1 = linear, 1^T q = total on every support: q (n, W).
 
-    Pad slots get an identity row, so they come out as exact zeros.
+    Pad slots get an identity row, so they come out as exact zeros. A common part of `linear`
+    only moves nu; it is removed first because for latents far away it dwarfs the differences.
     """
     used = (indices != problem.pad).double()
+    linear = (linear - linear.sum(1, keepdim=True) / used.sum(1, keepdim=True)) * used
     pairs = (indices * len(problem.gram))[:, :, None] + indices[:, None, :]
     system = problem.gram.take(pairs)
     system.diagonal(dim1=1, dim2=2).add_(1 - used)
