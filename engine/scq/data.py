@@ -120,8 +120,11 @@ def load_images(paths: Sequence[Path | str]) -> ImageSet:
 
 
 def hold_out_tail(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Split off the last `fraction` in name order: whole blocks of neighbouring video frames."""
-    order = sorted(range(len(images)), key=lambda i: images.names[i])
+    """Split off the last `fraction` in the set's order: a block of neighbouring video frames.
+
+    The block comes from the source named last in `load_images`.
+    """
+    order = range(len(images))
     kept = _kept_count(len(images), fraction)
     return images.subset(order[:kept]), images.subset(order[kept:])
 

@@ -59,7 +59,7 @@ class TrainConfig:
     """One reproducible training run.
 
     Steps count optimizer updates. `hold_out` splits `hold_out_fraction` of the images off for
-    validation: "tail" in name order (video), "random", or "none". `single_code_share` is the
+    validation: "tail" in the given order (video), "random", or "none". `single_code_share` is the
     share of images coded with one code in phase 3. `bfloat16` runs convolutions in bfloat16.
 
     Raises:
@@ -69,15 +69,15 @@ class TrainConfig:
     model: ModelConfig
     crop: CropConfig
     identity_steps: int = 400
-    soft_steps: int = 400
-    lattice_steps: int = 8000
-    finetune_steps: int = 1500
-    batch_size: int = 16
+    soft_steps: int = 100
+    lattice_steps: int = 7000
+    finetune_steps: int = 1200
+    batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
-    commitment: float = 0.1
-    codebook_pull: float = 0.1
-    codebook_rate_factor: float = 1.0
+    commitment: float = 1.0
+    codebook_pull: float = 1.0
+    codebook_rate_factor: float = 3.0
     class_weight: float = 0.0
     label_smoothing: float = 0.1
     single_code_share: float = 0.1
@@ -220,13 +220,19 @@ PRESETS: dict[str, TrainConfig] = {
     "food": TrainConfig(
         model=ModelConfig("food", "frame", stride=16, max_width=512, max_height=512),
         crop=replace(_FRAME_CROP, max_scale=1.75, jitter=0.1),
+        lattice_steps=5000,
+        finetune_steps=1000,
         class_weight=0.03,
     ),
     "sign32": TrainConfig(
         model=ModelConfig("sign32", "crop", stride=8, max_width=32, max_height=32, patch=2),
         crop=CropConfig(size=32, min_scale=0.85, max_scale=1.15, flip=False, pad=3, jitter=0.3),
+        identity_steps=200,
+        soft_steps=50,
+        lattice_steps=2500,
+        finetune_steps=600,
         batch_size=64,
-        class_weight=0.05,
+        class_weight=0.1,
         hold_out="none",
     ),
 }
