@@ -275,8 +275,8 @@ class EngineDriver:
 
     def _refuse(self, sequence: Sequence, error: ServiceError) -> None:
         self._metrics.rejected(error.reason.lower())
-        self._tell(_resolve, sequence, error)
         self._tell(self._released, sequence)
+        self._tell(_resolve, sequence, error)
 
     def _abort(self, sequence_id: str) -> None:
         """Drop a sequence if it is still here, and end its stream."""
@@ -302,7 +302,6 @@ class EngineDriver:
         for sequence in list(self._sequences.values()):
             self._engine.abort(sequence.id)
             self._fail(sequence)
-        self._metrics.load(self._engine.stats)
 
     def _give_up(self) -> None:
         """Answer every sequence with an error, leaving the broken engine alone."""
@@ -341,6 +340,7 @@ class EngineDriver:
         """Forget a sequence that has left the engine, and count it."""
         del self._sequences[sequence.id]
         sequence.finished_at = time.monotonic()
+        self._metrics.load(self._engine.stats)
         self._metrics.finished(
             FinishedSequence(
                 reason=reason,

@@ -34,6 +34,9 @@ _ERROR_CODES = {
     "UNSUPPORTED_FIELD": "unsupported_parameter",
 }
 
+# How pydantic names the alternatives of a field in the location of a problem.
+_UNION_MEMBERS = ("str", "int", "bool", "float")
+
 
 def add_routes(app: FastAPI, core: GenerationCore, heartbeat_seconds: float = 15.0) -> None:
     """Add every /v1 route to an app made by `vqserve.common.asgi.build_http`.
@@ -56,11 +59,12 @@ def render_error(error: ServiceError, request_id: str) -> Response:
 
 def error_body(error: ServiceError, request_id: str) -> dict[str, Any]:
     """OpenAI's error object; `reason` and `request_id` are additions of ours."""
+    parameter = _parameter(error.field)
     return {
         "error": {
-            "message": error.message,
+            "message": _encodable(error.message),
             "type": _error_type(error.http_status),
-            "param": _parameter(error.field),
+            "param": None if parameter is None else _encodable(parameter),
             "code": _ERROR_CODES.get(error.reason, error.reason.lower()),
             "reason": error.reason,
             "request_id": request_id,
@@ -135,11 +139,12 @@ def _describe(model: ServedModel) -> dict[str, Any]:
 
 async def _raise_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    raise _invalid_body(error.errors()[0])
+    # Of the alternatives that a field has, the one that got furthest is what the client meant.
+    raise _invalid_body(max(error.errors(), key=lambda problem: len(problem["loc"])))
 
 
 def _invalid_body(problem: dict[str, Any]) -> InvalidArgument:
-    """The first problem that pydantic found, as one of our errors."""
+    """A problem that pydantic found, as one of our errors."""
     kind, context = problem["type"], problem.get("ctx", {})
     field = context.get("param") or _path(problem["loc"])
     if kind == "unsupported_parameter":
@@ -161,7 +166,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("str", "int") and "[" not in part:
+        elif part not in _UNION_MEMBERS and not part.startswith(("list[", "function-")):
             path += f".{part}" if path else part
     return path
 
@@ -179,3 +184,8 @@ def _parameter(field: str | None) -> str | None:
     if field == "chat":
         return "messages"
     return field.removeprefix("sampling.").removeprefix("chat.")
+
+
+def _encodable(text: str) -> str:
+    """A client may name fields that UTF-8 cannot express; the answer must still be sent."""
+    return text.encode("utf-8", errors="backslashreplace").decode()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from vqserve.generation.errors import EmptyPrompt, UnsupportedField
@@ -30,6 +30,16 @@ _SAMPLING_FIELDS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
 )
+
+
+def _check_characters(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no encoding and no tokenizer accepts."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise PydanticCustomError("invalid_text", "holds half of a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_characters)]
 
 
 class Body(BaseModel):
@@ -58,7 +68,7 @@ class GenerationBody(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted for compatibility, not used")
@@ -115,7 +125,7 @@ class CompletionBody(GenerationBody):
         "suffix": (),
     }
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: Text | list[Text] | list[int] | list[list[int]] | None = None
 
     def request(self) -> GenerationRequest:
         """The same, free of HTTP."""
@@ -141,7 +151,7 @@ class TextPart(Body):
     """One part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 def _refuse_named_extras(message: Any) -> Any:
@@ -163,7 +173,7 @@ class MessageBody(Body):
     )
 
     role: str
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def message(self) -> Message:
         """The same, free of HTTP; OpenAI's newer name for the system role is understood."""
@@ -226,7 +236,7 @@ class TokenizeBody(Body):
     """POST /v1/tokenize."""
 
     model: str = ""
-    text: str
+    text: Text
 
 
 class DetokenizeBody(Body):

@@ -1,15 +1,22 @@
-"""llmd with a model that costs nothing: the real engine, tokenizer and wiring over a fake executor.
+"""llmd for tests: a model that costs nothing, and a handle on a real process.
 
-The executor answers with a fixed sentence again and again, at a pace that the model folder's name
-decides: `slow` takes 20 ms a step, anything else none; `broken` fails in its third step. Tests run
-this file as a process, with the flags of `python -m vqserve.generation`.
+`python -m vqserve.generation.testing --model FOLDER` is llmd with the real engine, tokenizer and
+wiring over a fake executor, which answers with one sentence again and again. The folder's name
+decides how: `slow` takes 20 ms a step, `broken` fails in its third step, `corrupt` does not load,
+`plain` has no chat template, anything else is just fast.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +141,86 @@ def fake_loader(settings: GenerationSettings) -> Loader:
         return model
 
     return load
+
+
+@dataclass
+class ServerProcess:
+    """A running service process; `log` is the file that its stderr goes to."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    grpc_port: int
+    http_port: int
+    admin_port: int | None
+
+    @property
+    def grpc_target(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def exposition(self) -> str:
+        """The text of GET /metrics."""
+        with urllib.request.urlopen(f"{self.http_url}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's series that have these labels; 0 when there is none."""
+        total = 0.0
+        for series, value in re.findall(
+            rf"^{name}(?:{{(.*)}})? (\S+)$", self.exposition(), flags=re.MULTILINE
+        ):
+            found = dict(re.findall(r'(\w+)="([^"]*)"', series))
+            if labels.items() <= found.items():
+                total += float(value)
+        return total
+
+    def wait_for_metric(self, name: str, expected: float, **labels: str) -> None:
+        """Return once the metric has this value; AssertionError after 10 seconds."""
+        last_chance = time.monotonic() + 10
+        while (value := self.metric(name, **labels)) != expected:
+            assert time.monotonic() < last_chance, f"{name} is {value}, expected {expected}"
+            time.sleep(0.02)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """The exit status, once the process has ended."""
+        return self.process.wait(timeout=30)
+
+
+@contextmanager
+def server_process(folder: Path, arguments: Sequence[str]) -> Iterator[ServerProcess]:
+    """Run `python ARGUMENTS...` with free ports until the block ends; files go to `folder`.
+
+    Raises:
+        RuntimeError: the process ended before it served; the message holds its log.
+    """
+    ports_file, log = folder / "ports.json", folder / "server.log"
+    ports = ("--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file))
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, *arguments, *ports], stderr=stderr)
+    try:
+        yield _wait_until_serving(process, ports_file, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_serving(
+    process: subprocess.Popen[bytes], ports_file: Path, log: Path
+) -> ServerProcess:
+    last_chance = time.monotonic() + 60
+    while not ports_file.exists():
+        if process.poll() is not None or time.monotonic() > last_chance:
+            raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+        time.sleep(0.02)
+    ports = json.loads(ports_file.read_text())
+    return ServerProcess(process, log, ports["grpc"], ports["http"], ports["admin"])
 
 
 if __name__ == "__main__":
