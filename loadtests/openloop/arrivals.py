@@ -42,6 +42,12 @@ class Arrivals:
         due = takewhile(lambda offset: offset < self.duration, steps)
         return tuple(islice(due, self.max_requests)) or (0.0,)
 
+    def span(self) -> float:
+        """Seconds that the schedule covers: less than `duration` where `max_requests` cut it."""
+        offsets = self.offsets()
+        is_cut = len(offsets) == self.max_requests
+        return max(offsets[-1], 1 / self.rate) if is_cut else self.duration
+
     def _constant(self) -> Iterator[float]:
         index = 0
         while True:

@@ -151,7 +151,7 @@ def _planned(paths: Sequence[Path], driver: DriverName | None) -> list[Scenario]
 def _run_one(scenario: Scenario, address: str) -> Result:
     """Run a scenario and print its report."""
     recording = asyncio.run(_record(scenario, address))
-    summary = summarize(recording, scenario.arrivals.duration, scenario.objective)
+    summary = summarize(recording, scenario.arrivals.span(), scenario.objective)
     breaches = tuple(scenario.thresholds.breaches(summary))
     title = f"{scenario.name}: {scenario.driver} at {address}"
     console.print(table_of(title, summary, scenario.objective))

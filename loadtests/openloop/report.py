@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from openloop.generator import Recording
@@ -93,9 +94,9 @@ class Summary:
         return {name: _json_value(value) for name, value in asdict(self).items()}
 
 
-def summarize(recording: Recording, duration: float, objective: Objective) -> Summary:
-    """The figures of a run whose schedule covered `duration` seconds."""
-    outcomes, seconds = recording.outcomes, recording.seconds
+def summarize(recording: Recording, span: float, objective: Objective) -> Summary:
+    """The figures of a run whose schedule covered `span` seconds."""
+    outcomes, seconds = recording.outcomes, max(recording.seconds, span)
     answered = [outcome for outcome in outcomes if outcome.fate is Fate.OK]
     firsts = [outcome.time_to_first_token for outcome in answered]
     num_good = sum(objective.is_met(outcome) for outcome in outcomes)
@@ -104,7 +105,7 @@ def summarize(recording: Recording, duration: float, objective: Objective) -> Su
         fates={fate: sum(outcome.fate is fate for outcome in outcomes) for fate in Fate},
         reasons=dict(Counter(outcome.reason for outcome in outcomes if outcome.reason)),
         seconds=seconds,
-        offered_rate=len(outcomes) / duration,
+        offered_rate=len(outcomes) / span,
         achieved_rate=len(answered) / seconds,
         latency=Percentiles.of_seconds([outcome.latency for outcome in answered]),
         ttft=Percentiles.of_seconds([first for first in firsts if first is not None]),
@@ -119,18 +120,19 @@ def summarize(recording: Recording, duration: float, objective: Objective) -> Su
     )
 
 
-def table_of(title: str, summary: Summary, objective: Objective) -> Table:
+def table_of(title: str, summary: Summary, objective: Objective) -> Group:
     """The report for a person; lines that do not apply are left out."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", "p50", "p90", "p99", "max"):
-        table.add_column(column, justify="left" if not column else "right")
-    _add_percentiles(table, "latency ms", summary.latency)
-    _add_percentiles(table, "first token ms", summary.ttft)
-    _add_percentiles(table, "between pieces ms", summary.itl)
-    _add_percentiles(table, "schedule slip ms", summary.slip)
+    table = Table("milliseconds", title=title, title_justify="left")
+    for column in ("p50", "p90", "p99", "max"):
+        table.add_column(column, justify="right")
+    _add_percentiles(table, "latency", summary.latency)
+    _add_percentiles(table, "first token", summary.ttft)
+    _add_percentiles(table, "between pieces", summary.itl)
+    _add_percentiles(table, "schedule slip", summary.slip)
+    lines = Table.grid(padding=(0, 2))
     for name, value in _lines(summary, objective):
-        table.add_row(name, value)
-    return table
+        lines.add_row(name, value)
+    return Group(table, lines)
 
 
 def _lines(summary: Summary, objective: Objective) -> list[tuple[str, str]]:

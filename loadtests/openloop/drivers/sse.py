@@ -24,13 +24,14 @@ class ChatCompletionsDriver(Driver):
             base_url=f"http://{self.address}", limits=limits, timeout=300.0, trust_env=False
         )
         try:
-            self._model = self.workload.model or await self._only_model()
+            listed = await self._listed_models()
         except httpx.HTTPError as error:
             raise RequestFailed(
                 Fate.ERROR,
                 f"cannot reach the HTTP port of the generation service at "
                 f"{self.address}: {error or type(error).__name__}",
             ) from error
+        self._model = self.workload.model or listed[0]
         await self.send(0)
 
     async def close(self) -> None:
@@ -48,10 +49,10 @@ class ChatCompletionsDriver(Driver):
             raise RequestFailed(Fate.ERROR, type(error).__name__) from error
         return reader.reply(len(body["messages"][0]["content"].encode()))
 
-    async def _only_model(self) -> str:
+    async def _listed_models(self) -> list[str]:
         response = await self._client.get("/v1/models")
         await _require_ok(response)
-        return str(response.json()["data"][0]["id"])
+        return [str(model["id"]) for model in response.json()["data"]]
 
     def _body(self, index: int) -> dict[str, Any]:
         return {
