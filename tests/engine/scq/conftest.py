@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from scq.model import ModelConfig, ScqAutoencoder
 
-
 MakeModel = Callable[..., ScqAutoencoder]
 
 

@@ -1,0 +1,304 @@
+"""The `scq` command: train, eval, encode, decode, recognize, models.
+
+Talks to people only: progress on stderr, results on stdout, one line and exit code 2 for
+anything a person can put right. The work is done by the other modules; nothing imports this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from typer.core import TyperGroup
+
+from scq import zoo
+from scq.codec import CodecRegistry, FrameCodec
+from scq.data import load_images
+from scq.errors import InvalidImage, ScqError
+from scq.evaluation import Evaluation, evaluate
+from scq.images import DEFAULT_MAX_PIXELS, read_image, write_png
+from scq.model import load_model
+from scq.training import PRESETS, TrainConfig, TrainProgress, train
+
+# Pictures listed one by one by `scq eval`; more than this and only the totals are of use.
+_MAX_LISTED = 20
+
+
+class _Commands(TyperGroup):
+    """Turns the errors of scq and of the file system into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ScqError, OSError) as error:
+            typer.echo(f"scq: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Soft Convex Quantization: pictures to a few hundred bytes of codes, and back.",
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Shipped model name, or a .safetensors file.")
+]
+ModelFilesOption = Annotated[
+    list[Path] | None,
+    typer.Option("--model", "-m", help="Model files to know besides the shipped ones."),
+]
+MaxPixelsOption = Annotated[
+    int, typer.Option(min=1, help="Refuse pictures with more pixels than this.")
+]
+
+
+@app.command()
+def encode(
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP picture.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the codes.")],
+    model: ModelOption = "nav",
+    max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
+) -> None:
+    """Code a picture of any size."""
+    with _stages("reading", "loading model", "coding", "writing") as stage:
+        pixels = read_image(image.read_bytes(), max_pixels)
+        stage()
+        codec = _codec(model)
+        stage()
+        encoded = codec.encode(pixels)
+        stage()
+        output.write_bytes(encoded.codes)
+        stage()
+    typer.echo(
+        f"{output}: {pixels.shape[1]}x{pixels.shape[0]} in {encoded.stats.coded_bytes} bytes, "
+        f"{encoded.stats.bpp:.4f} bpp, model {codec.name} ({codec.frame_hash.hex()})"
+    )
+
+
+@app.command()
+def decode(
+    codes: Annotated[Path, typer.Argument(help="File written by `scq encode`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
+    model: ModelFilesOption = None,
+    max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
+) -> None:
+    """Turn codes back into a picture of the original size; the codes name their model."""
+    if output.suffix.lower() != ".png":
+        raise InvalidImage(f"decode writes PNG files, {output.name!r} should end in .png")
+    with _stages("reading", "loading model", "decoding", "writing") as stage:
+        frame = codes.read_bytes()
+        stage()
+        codec = _registry(model, max_pixels).for_codes(frame)
+        stage()
+        pixels = codec.decode(frame)
+        stage()
+        output.write_bytes(write_png(pixels))
+        stage()
+    typer.echo(f"{output}: {pixels.shape[1]}x{pixels.shape[0]} by model {codec.name}")
+
+
+@app.command()
+def recognize(
+    codes: Annotated[Path, typer.Argument(help="File written by `scq encode`.")],
+    model: ModelFilesOption = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to list.")] = 5,
+) -> None:
+    """Name what the codes show, without decoding a picture."""
+    labels = _registry(model, DEFAULT_MAX_PIXELS).recognize(codes.read_bytes())
+    for label in labels[:top]:
+        typer.echo(f"{label.score:7.2%}  {label.name}")
+
+
+@app.command()
+def models() -> None:
+    """List the shipped models."""
+    table = Table("name", "id", "kind", "stride", "codes", "bits per latent", "classes")
+    for info in zoo.list_models():
+        config = info.config
+        table.add_row(
+            config.name,
+            info.model_hash[:8],
+            config.kind,
+            str(config.stride),
+            f"{config.num_codes} x {config.code_dim}",
+            f"{config.lattice.bits_per_latent:.2f}",
+            str(len(config.classes)),
+        )
+    Console().print(table)
+
+
+@app.command("eval")
+def evaluate_command(
+    images: Annotated[list[Path] | None, typer.Argument(help="Pictures to code.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Folders, zips or clips of pictures.")
+    ] = None,
+    model: ModelOption = "nav",
+) -> None:
+    """Measure quality, codebook use and bytes on pictures."""
+    sources = [*(images or []), *(data or [])]
+    if not sources:
+        raise ScqError("nothing to evaluate; name pictures or give --data")
+    codec = _codec(model)
+    with _progress(TextColumn("{task.fields[note]}")) as progress:
+        task = progress.add_task("reading", total=None, note="")
+        pictures = load_images(sources)
+        progress.update(task, description="coding", total=len(pictures))
+        report = evaluate(codec, pictures, lambda done, _: progress.update(task, completed=done))
+    _print_evaluation(report)
+
+
+@app.command("train")
+def train_command(
+    config: Annotated[
+        Path | None, typer.Argument(help="Training config, JSON; see config.json of any run.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help=f"Preset: {', '.join(PRESETS)}.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Training pictures: folders, zips or clips.")
+    ] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Validation pictures; else some are held out.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder, default runs/<name>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
+) -> None:
+    """Train a model; the run folder always holds a usable model.safetensors."""
+    settings = _train_config(config, model)
+    if not data:
+        raise ScqError("nothing to train on; give --data PATH, more than once if need be")
+    folder = output or Path("runs") / settings.model.name
+    typer.echo(f"reading pictures for {settings.model.name}", err=True)
+    pictures = load_images(data)
+    held_out = load_images(validation) if validation else None
+    with _progress(TextColumn("{task.fields[note]}"), TimeRemainingColumn()) as progress:
+        task = progress.add_task("training", total=settings.total_steps, note="")
+
+        def show(state: TrainProgress) -> None:
+            progress.update(
+                task, completed=state.step, description=state.phase, note=_train_note(state)
+            )
+
+        result = train(
+            settings, pictures, folder, validation=held_out, progress=show, resume=resume
+        )
+    typer.echo(f"{result.model_path}: model {settings.model.name} ({result.model_hash[:8]})")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="scq")
+
+
+def _codec(model: str) -> FrameCodec:
+    if model.endswith(".safetensors"):
+        return FrameCodec(load_model(model))
+    return FrameCodec(zoo.load(model))
+
+
+def _registry(files: list[Path] | None, max_pixels: int) -> CodecRegistry:
+    shipped = (zoo.load(info.name) for info in zoo.list_models())
+    own = [load_model(path) for path in files or []]
+    # A file named on the command line stands in for a shipped model of the same name.
+    names = {model.config.name for model in own}
+    others = [model for model in shipped if model.config.name not in names]
+    return CodecRegistry([*own, *others], max_pixels=max_pixels)
+
+
+def _train_config(config: Path | None, preset: str | None) -> TrainConfig:
+    if (config is None) == (preset is None):
+        raise ScqError("give either a training config file or --model with a preset")
+    if config is not None:
+        return TrainConfig.from_json(config.read_text())
+    if preset not in PRESETS:
+        raise ScqError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def _progress(*extra: Any) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, *extra, console=Console(stderr=True))
+
+
+@contextmanager
+def _stages(*names: str) -> Iterator[Any]:
+    """A bar over named stages; the yielded function marks one as done."""
+    with _progress() as progress:
+        task = progress.add_task(names[0], total=len(names))
+
+        def finish_stage() -> None:
+            progress.advance(task)
+            done = int(progress.tasks[0].completed)
+            progress.update(task, description=names[min(done, len(names) - 1)])
+
+        yield finish_stage
+
+
+def _train_note(state: TrainProgress) -> str:
+    note = f"loss {state.loss:.4f}, {state.psnr_db:.2f} dB"
+    if not math.isnan(state.validation_psnr_db):
+        note += f", validation {state.validation_psnr_db:.2f} dB"
+    if not math.isnan(state.validation_accuracy):
+        note += f", {state.validation_accuracy:.1%}"
+    return note
+
+
+def _print_evaluation(report: Evaluation) -> None:
+    console = Console()
+    if len(report.images) <= _MAX_LISTED:
+        table = Table("picture", "size", "PSNR dB", "SSIM", "bytes", "bpp")
+        for image in report.images:
+            table.add_row(
+                image.name,
+                f"{image.width}x{image.height}",
+                f"{image.psnr_db:.2f}",
+                f"{image.ssim:.4f}",
+                str(image.coded_bytes),
+                f"{image.bpp:.4f}",
+            )
+        console.print(table)
+    totals = Table("measure", "value", title=f"{report.model} ({report.model_hash[:8]})")
+    for name, value in _totals(report):
+        totals.add_row(name, value)
+    console.print(totals)
+
+
+def _totals(report: Evaluation) -> list[tuple[str, str]]:
+    rows = [
+        ("pictures", str(len(report.images))),
+        ("PSNR", f"{report.psnr_db:.2f} dB"),
+        ("SSIM", f"{report.ssim:.4f}"),
+        ("top-1 usage", f"{report.top1_usage:.1%}"),
+        ("perplexity", f"{report.perplexity:.1f}"),
+        ("mass perplexity", f"{report.mass_perplexity:.1f}"),
+        ("measured bytes", f"{report.coded_bytes} ({report.mean_coded_bytes:.1f} per picture)"),
+        ("bpp", f"{report.bpp:.4f}"),
+    ]
+    if report.accuracy is not None:
+        rows.append(("top-1 accuracy", f"{report.accuracy:.1%}"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
