@@ -131,6 +131,7 @@ class LiveFrames:
 
     def __init__(self, reader: VideoReader, *, paced: bool, max_frames: int | None = None) -> None:
         self.num_dropped = 0
+        self.num_sent = 0
         self.sent_bytes = 0
         self._reader = reader
         self._paced = paced
@@ -140,6 +141,7 @@ class LiveFrames:
         seq, image = 0, await asyncio.to_thread(self._reader.read)
         start_ns = time.monotonic_ns()
         while image is not None:
+            self.num_sent += 1
             self.sent_bytes += len(image)
             yield Frame(seq, image, capture_ns=await self._wait_until_due(start_ns, seq))
             num_skipped = self._num_overdue(start_ns, seq + 1)

@@ -135,7 +135,8 @@ def _summary(figures: StreamFigures, frames: LiveFrames) -> Table:
     rows = {
         "frames answered": f"{figures.frames} in {figures.seconds:.1f} s "
         f"({figures.frames / figures.seconds:.1f} per second)",
-        "dropped": f"{frames.num_dropped} before sending, {figures.num_dropped_by_server} by age",
+        "dropped": f"{frames.num_dropped} before sending, "
+        f"{frames.num_sent - figures.frames - figures.num_failed} by age",
         "failed": f"{figures.num_failed} {figures.last_error}".strip(),
         "codes": f"{figures.kilobits_per_second(figures.coded_bytes):.1f} kbit/s, "
         f"{figures.mean_bpp:.4f} bpp",
