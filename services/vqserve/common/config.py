@@ -29,35 +29,38 @@ class ServiceSettings(BaseSettings):
         protected_namespaces=(),
     )
 
-    host: str = Field("127.0.0.1", description="Address both listeners bind; 0.0.0.0 in containers")
-    grpc_port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 takes a free one")
-    http_port: int = Field(0, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    host: str = Field(
+        default="127.0.0.1", description="Address both listeners bind; 0.0.0.0 in containers"
+    )
+    grpc_port: int = Field(default=0, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    http_port: int = Field(default=0, ge=0, le=65535, description="HTTP port; 0 takes a free one")
     ports_file: Path | None = Field(
-        None, description="JSON file with the real ports, written once the service is ready"
+        default=None, description="JSON file with the real ports, written once the service is ready"
     )
     admin_port: int | None = Field(
-        None, ge=0, le=65535, description="Port of the admin listener; off when unset"
+        default=None, ge=0, le=65535, description="Port of the admin listener; off when unset"
     )
-    admin_host: str = Field("127.0.0.1", description="Address of the admin listener")
+    admin_host: str = Field(default="127.0.0.1", description="Address of the admin listener")
     model_root: Path | None = Field(
-        None, description="Folder that admin loads are confined to; loads are refused when unset"
+        default=None,
+        description="Folder that admin loads are confined to; loads are refused when unset",
     )
     max_request_bytes: int = Field(
-        16 * 1024 * 1024, ge=1024, description="Largest request body or message, in bytes"
+        default=16 * 1024 * 1024, ge=1024, description="Largest request body or message, in bytes"
     )
     max_image_pixels: int = Field(
-        24_000_000, ge=1, description="Largest image, in pixels, checked before decoding"
+        default=24_000_000, ge=1, description="Largest image, in pixels, checked before decoding"
     )
     max_concurrent_requests: int = Field(
-        64, ge=1, description="Requests admitted at once, waiting ones included"
+        default=64, ge=1, description="Requests admitted at once, waiting ones included"
     )
     drain_delay_seconds: float = Field(
-        0.0, ge=0, description="Time between readiness off and refusing new requests"
+        default=0.0, ge=0, description="Time between readiness off and refusing new requests"
     )
     drain_grace_seconds: float = Field(
-        20.0, ge=0, description="Longest wait for running requests on shutdown"
+        default=20.0, ge=0, description="Longest wait for running requests on shutdown"
     )
-    log_level: str = Field("info", description="debug, info, warning or error")
+    log_level: str = Field(default="info", description="debug, info, warning or error")
 
     @field_validator("log_level")
     @classmethod

@@ -42,6 +42,9 @@ ENVELOPE_BYTES = 64 * 1024
 HEARTBEAT_SECONDS = 1.0
 # For answers already written to reach the wire once no request is left.
 CLOSE_GRACE_SECONDS = 1.0
+# Callers that were just answered often call again at once; for this long they are told DRAINING
+# rather than finding their connection cut.
+LINGER_SECONDS = 0.25
 HEALTH = health_pb2.HealthCheckResponse
 
 
@@ -92,25 +95,36 @@ class ServiceHost:
         self._runtime = app.runtime
         self._health = health_aio.HealthServicer()
         self._grpc = self._build_grpc()
-        self._admin: grpc.aio.Server | None = None
-        self._http_socket = _listen(self._runtime.settings.host, self._runtime.settings.http_port)
         self._http = _Uvicorn(self._uvicorn_config())
-        self._tasks: list[asyncio.Task[None]] = []
+        self._closers = contextlib.AsyncExitStack()
 
     async def start(self) -> Ports:
-        """Open the listeners; probes answer from here on, requests are refused as NOT_READY."""
+        """Open the listeners; probes answer from here on, requests are refused as NOT_READY.
+
+        Raises StartupError, with nothing left open, when an address cannot be bound.
+        """
+        try:
+            return await self._open()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _open(self) -> Ports:
         settings = self._runtime.settings
-        grpc_port = _bind(self._grpc, settings.host, settings.grpc_port)
-        admin_port = self._open_admin()
+        self._closers.push_async_callback(self._app.close)
         await self._set_health(HEALTH.NOT_SERVING)
+        self._closers.push_async_callback(self._grpc.stop, CLOSE_GRACE_SECONDS)
+        grpc_port = _bind(self._grpc, settings.host, settings.grpc_port)
+        admin_port = await self._open_admin()
+        listener = self._closers.enter_context(_listen(settings.host, settings.http_port))
         await self._grpc.start()
-        if self._admin is not None:
-            await self._admin.start()
-        self._tasks.append(asyncio.create_task(self._http.serve([self._http_socket])))
-        self._tasks.append(asyncio.create_task(self._heartbeat()))
+        heartbeat = asyncio.create_task(self._heartbeat())
+        self._closers.callback(heartbeat.cancel)
+        serving = asyncio.create_task(self._http.serve([listener]))
+        self._closers.push_async_callback(self._close_http, serving)
         while not self._http.started:
             await asyncio.sleep(0.01)
-        http_port = self._http_socket.getsockname()[1]
+        http_port = listener.getsockname()[1]
         return Ports(settings.host, grpc_port, http_port, admin_port, os.getpid())
 
     async def load(self) -> None:
@@ -136,20 +150,18 @@ class ServiceHost:
         if was_serving:
             await asyncio.sleep(settings.drain_delay_seconds)
         state.mark_draining()
-        return await state.wait_idle(settings.drain_grace_seconds)
+        is_idle = await state.wait_idle(settings.drain_grace_seconds)
+        if was_serving:
+            await asyncio.sleep(LINGER_SECONDS)
+        return is_idle
 
     async def stop(self) -> None:
-        """Close the listeners, cutting off what still runs."""
+        """Close what was opened, cutting off what still runs."""
+        await self._closers.aclose()
+
+    async def _close_http(self, serving: asyncio.Task[None]) -> None:
         self._http.should_exit = True
-        await self._grpc.stop(CLOSE_GRACE_SECONDS)
-        if self._admin is not None:
-            await self._admin.stop(CLOSE_GRACE_SECONDS)
-        serving, heartbeat = self._tasks
-        heartbeat.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await heartbeat
         await serving
-        await self._app.close()
 
     def _build_grpc(self) -> grpc.aio.Server:
         runtime = self._runtime
@@ -166,20 +178,21 @@ class ServiceHost:
         )
         return server
 
-    def _open_admin(self) -> int | None:
+    async def _open_admin(self) -> int | None:
         settings = self._runtime.settings
         if settings.admin_port is None:
             return None
         # Admin calls are answered while draining and are not counted as the service's work.
         interceptor = RequestInterceptor(self._runtime.metrics, nullcontext)
-        self._admin = grpc.aio.server(
-            interceptors=(interceptor,), options=_grpc_options(ENVELOPE_BYTES)
-        )
+        server = grpc.aio.server(interceptors=(interceptor,), options=_grpc_options(ENVELOPE_BYTES))
+        self._closers.push_async_callback(server.stop, CLOSE_GRACE_SECONDS)
         servicer = AdminServicer(self._runtime, self._app.models)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, self._admin)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
         name = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
-        reflection.enable_server_reflection((name, reflection.SERVICE_NAME), self._admin)
-        return _bind(self._admin, settings.admin_host, settings.admin_port)
+        reflection.enable_server_reflection((name, reflection.SERVICE_NAME), server)
+        port = _bind(server, settings.admin_host, settings.admin_port)
+        await server.start()
+        return port
 
     def _uvicorn_config(self) -> uvicorn.Config:
         limit = self._runtime.settings.max_request_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from vqstack.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 SERVICE_NAME = "tokenizerd"
 GRPC_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
+ModelLoader = Callable[[str, int], ServedModel]
+
 
 class Models:
     """Loads and unloads models; implements `vqserve.common.admin.ModelAdmin`."""
@@ -36,8 +39,10 @@ class Models:
         store: ModelStore,
         pipeline: FramePipeline,
         metrics: ScqMetrics,
+        load: ModelLoader,
     ) -> None:
         self._settings = settings
+        self._load = load
         self._store = store
         self._pipeline = pipeline
         self._metrics = metrics
@@ -52,7 +57,7 @@ class Models:
         names = self._settings.model_names or tuple(zoo_names())
         for spec in names:
             try:
-                model = await self._pipeline.run(load_served, spec, self._settings.max_image_pixels)
+                model = await self._pipeline.run(self._load, spec, self._settings.max_image_pixels)
                 self._serve(model)
             except ServiceError as error:
                 raise StartupError(f"--models {spec}: {error.message}") from error
@@ -78,13 +83,16 @@ class Models:
         self._metrics.model_loaded(card.name, card.model_hash, card.num_codes)
 
 
-def build_app(settings: TokenizerSettings) -> ServiceApp:
-    """A ServiceApp that loads the configured models when it starts."""
+def build_app(settings: TokenizerSettings, load: ModelLoader = load_served) -> ServiceApp:
+    """A ServiceApp that loads the configured models when it starts.
+
+    `load` turns one entry of `settings.models` and the pixel limit into a model.
+    """
     runtime = Runtime.create(SERVICE_NAME, settings)
     store = ModelStore()
     metrics = ScqMetrics(runtime.metrics.registry, settings.codebook_window_frames)
     pipeline = FramePipeline(store, settings.engine_threads, settings.max_image_pixels)
-    models = Models(settings, store, pipeline, metrics)
+    models = Models(settings, store, pipeline, metrics, load)
     frames = AdmissionGate(
         settings.max_concurrent_requests, settings.engine_threads, runtime.metrics
     )

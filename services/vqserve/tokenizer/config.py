@@ -12,23 +12,31 @@ from vqserve.common.config import ServiceSettings
 class TokenizerSettings(ServiceSettings):
     """Flags and environment of `python -m vqserve.tokenizer`."""
 
-    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one")
-    http_port: int = Field(8080, ge=0, le=65535, description="HTTP port; 0 takes a free one")
+    grpc_port: int = Field(
+        default=50051, ge=0, le=65535, description="gRPC port; 0 takes a free one"
+    )
+    http_port: int = Field(
+        default=8080, ge=0, le=65535, description="HTTP port; 0 takes a free one"
+    )
     models: str = Field(
-        "",
+        default="",
         description="Models to serve, comma-separated: zoo names or paths of model files; "
         "every zoo model when empty",
     )
-    engine_threads: int = Field(2, ge=1, description="Frames that are worked on at the same time")
-    torch_threads: int = Field(
-        0, ge=0, description="Threads per frame inside torch; 0 shares the CPU's cores evenly"
+    engine_threads: int = Field(
+        default=2, ge=1, description="Frames that are worked on at the same time"
     )
-    max_streams: int = Field(64, ge=1, description="Frame streams open at the same time")
+    torch_threads: int = Field(
+        default=0,
+        ge=0,
+        description="Threads per frame inside torch; 0 shares the CPU's cores evenly",
+    )
+    max_streams: int = Field(default=64, ge=1, description="Frame streams open at the same time")
     stream_queue_frames: int = Field(
-        4, ge=1, description="Frames of one stream that wait for their turn"
+        default=4, ge=1, description="Frames of one stream that wait for their turn"
     )
     codebook_window_frames: int = Field(
-        256, ge=1, description="Frames over which the codebook use is measured"
+        default=256, ge=1, description="Frames over which the codebook use is measured"
     )
 
     @property

@@ -1,0 +1,297 @@
+"""The two edges around a toy service: what every RPC and route gets without asking for it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import pytest
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from vqserve.common.admin import LoadedModel
+from vqserve.common.asgi import build_http
+from vqserve.common.config import ServiceSettings
+from vqserve.common.errors import NotFound, Unavailable
+from vqserve.common.lifecycle import (
+    GrpcService,
+    Ports,
+    ServiceApp,
+    ServiceHost,
+    StartupError,
+    running,
+)
+from vqserve.common.runtime import Runtime
+from vqserve.common.testing import grpc_failure, http_failure
+from vqstack.admin.v1 import admin_pb2, admin_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+TOY = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+
+
+class ToyServicer(admin_pb2_grpc.AdminServiceServicer):
+    """Borrows a contract that has four unary RPCs; each one fails or works in its own way."""
+
+    async def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: Context
+    ) -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(service="toy")
+
+    async def LoadModel(
+        self, request: admin_pb2.LoadModelRequest, context: Context
+    ) -> admin_pb2.LoadModelResponse:
+        raise RuntimeError("a secret of the server")
+
+    async def UnloadModel(
+        self, request: admin_pb2.UnloadModelRequest, context: Context
+    ) -> admin_pb2.UnloadModelResponse:
+        raise NotFound(f"no {request.name}", field="name")
+
+    async def Drain(
+        self, request: admin_pb2.DrainRequest, context: Context
+    ) -> admin_pb2.DrainResponse:
+        await asyncio.sleep(30)
+        return admin_pb2.DrainResponse()
+
+
+class NoModels:
+    """A service without models."""
+
+    def model_names(self) -> list[str]:
+        return []
+
+    async def load_model(self, path: Path, name: str) -> LoadedModel:
+        raise NotFound("toys load nothing")
+
+    async def unload_model(self, name: str) -> None:
+        raise NotFound("toys hold nothing")
+
+
+class Question(BaseModel):
+    """A body with one number."""
+
+    number: int
+
+
+@dataclass
+class Toy:
+    """A toy service and where it listens."""
+
+    app: ServiceApp
+    ports: Ports
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.http}"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.ports.grpc}"
+
+
+def toy_app(**settings: Any) -> ServiceApp:
+    runtime = Runtime.create("toy", ServiceSettings(max_request_bytes=2048, **settings))
+    http = build_http(runtime, "toy")
+
+    @http.post("/ask")
+    async def ask(question: Question) -> dict[str, int]:
+        return {"answer": question.number + 1}
+
+    @http.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("a secret of the server")
+
+    @http.get("/away")
+    async def away() -> None:
+        raise Unavailable("gone fishing", retry_after_seconds=3)
+
+    @http.get("/drip")
+    async def drip() -> StreamingResponse:
+        async def drops() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                yield b"x" * 1000
+                await asyncio.sleep(0.01)
+
+        return StreamingResponse(drops())
+
+    async def nothing() -> None:
+        pass
+
+    servicer = ToyServicer()
+    service = GrpcService(
+        TOY, lambda server: admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
+    )
+    return ServiceApp(runtime, (service,), http, NoModels(), nothing, nothing)
+
+
+@pytest.fixture
+async def toy() -> AsyncIterator[Toy]:
+    app = toy_app(drain_grace_seconds=0.2)
+    async with running(app) as ports:
+        yield Toy(app, ports)
+
+
+async def call(toy: Toy, method: str, request: Any, timeout: float = 10) -> grpc.aio.AioRpcError:
+    async with grpc.aio.insecure_channel(toy.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await getattr(admin_pb2_grpc.AdminServiceStub(channel), method)(
+                request, timeout=timeout
+            )
+    return caught.value
+
+
+async def metric(toy: Toy, line: str) -> bool:
+    async with httpx.AsyncClient() as client:
+        return line in (await client.get(f"{toy.url}/metrics")).text.splitlines()
+
+
+async def test_a_service_error_arrives_whole(toy: Toy) -> None:
+    request = admin_pb2.UnloadModelRequest(name="blue")
+    failure = grpc_failure(await call(toy, "UnloadModel", request))
+    assert (failure.code, failure.reason, failure.field) == ("NOT_FOUND", "NOT_FOUND", "name")
+    assert failure.message == "no blue"
+    assert failure.request_id
+    assert await metric(
+        toy,
+        'grpc_server_handled_total{grpc_code="NOT_FOUND",grpc_method="UnloadModel",'
+        f'grpc_service="{TOY}",grpc_type="unary"}} 1.0',
+    )
+
+
+async def test_an_unexpected_error_is_logged_and_not_leaked(
+    toy: Toy, caplog: pytest.LogCaptureFixture
+) -> None:
+    failure = grpc_failure(await call(toy, "LoadModel", admin_pb2.LoadModelRequest()))
+    async with httpx.AsyncClient() as client:
+        response = await client.get(f"{toy.url}/broken")
+    by_http = http_failure(response.json(), response.headers)
+    assert response.status_code == 500
+    for told in (failure, by_http):
+        assert told.reason == "INTERNAL"
+        assert "secret" not in told.message
+        assert told.request_id in told.message
+    tracebacks = [record.exc_info for record in caplog.records if record.exc_info]
+    assert len(tracebacks) == 2
+
+
+async def test_a_deadline_is_counted_as_one(toy: Toy) -> None:
+    error = await call(toy, "Drain", admin_pb2.DrainRequest(), timeout=0.2)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    line = (
+        'grpc_server_handled_total{grpc_code="DEADLINE_EXCEEDED",grpc_method="Drain",'
+        f'grpc_service="{TOY}",grpc_type="unary"}} 1.0'
+    )
+    async with asyncio.timeout(5):
+        while not await metric(toy, line):
+            await asyncio.sleep(0.02)
+    assert toy.app.runtime.state.requests_in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "reason"),
+    [
+        ("POST", "/ask", b'{"number": "x"}', 400, "INVALID_ARGUMENT"),
+        ("POST", "/ask", b"not json", 400, "INVALID_ARGUMENT"),
+        ("POST", "/ask", b"", 400, "INVALID_ARGUMENT"),
+        ("POST", "/ask", bytes(2049), 413, "PAYLOAD_TOO_LARGE"),
+        ("POST", "/ask", bytes(100_000), 413, "PAYLOAD_TOO_LARGE"),
+        ("GET", "/ask", b"", 405, "METHOD_NOT_ALLOWED"),
+        ("GET", "/nowhere", b"", 404, "NO_SUCH_ROUTE"),
+        ("GET", "/away", b"", 503, "UNAVAILABLE"),
+    ],
+)
+async def test_every_http_failure_has_the_same_shape(
+    toy: Toy, method: str, path: str, body: bytes, status: int, reason: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    async with httpx.AsyncClient() as client:
+        response = await client.request(method, toy.url + path, content=body, headers=headers)
+    failure = http_failure(response.json(), response.headers)
+    assert (response.status_code, failure.reason) == (status, reason)
+    assert failure.request_id == response.headers["x-request-id"]
+
+
+async def test_good_requests_pass_and_streams_arrive_whole(toy: Toy) -> None:
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(f"{toy.url}/ask", json={"number": 41})
+        drops = await client.get(f"{toy.url}/drip")
+    assert answer.json() == {"answer": 42}
+    assert drops.content == b"x" * 3000
+
+
+async def test_a_starting_service_is_alive_but_not_ready() -> None:
+    loading, loaded = asyncio.Event(), asyncio.Event()
+    app = toy_app()
+
+    async def load() -> None:
+        loading.set()
+        await loaded.wait()
+
+    slow = ServiceApp(
+        app.runtime, app.grpc_services, app.http, app.models, load=load, close=app.close
+    )
+    host = ServiceHost(slow)
+    toy = Toy(slow, await host.start())
+    load_task = asyncio.create_task(host.load())
+    await loading.wait()
+    async with httpx.AsyncClient(base_url=toy.url) as client:
+        before = [(await client.get(path)).status_code for path in ("/livez", "/startupz")]
+        refused = await client.post("/ask", json={"number": 1})
+        loaded.set()
+        await load_task
+        after = [(await client.get(path)).status_code for path in ("/startupz", "/readyz")]
+    await host.drain()
+    await host.stop()
+    assert (before, after) == ([200, 503], [200, 200])
+    failure = http_failure(refused.json(), refused.headers)
+    assert (refused.status_code, failure.reason) == (503, "NOT_READY")
+
+
+async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> None:
+    app = toy_app(drain_grace_seconds=5)
+    host = ServiceHost(app)
+    toy = Toy(app, await host.start())
+    await host.load()
+    async with (
+        httpx.AsyncClient(base_url=toy.url) as client,
+        grpc.aio.insecure_channel(toy.address) as channel,
+    ):
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        await stub.GetStatus(admin_pb2.GetStatusRequest())
+        with app.runtime.state.request():
+            draining = asyncio.create_task(host.drain())
+            await app.runtime.state.refusing.wait()
+            refused = await client.post("/ask", json={"number": 1})
+            ready = await client.get("/readyz")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.GetStatus(admin_pb2.GetStatusRequest())
+            assert not draining.done()
+        assert await draining
+    await host.stop()
+    assert (refused.status_code, ready.status_code) == (503, 503)
+    assert grpc_failure(caught.value).reason == "DRAINING"
+
+
+async def test_a_request_beyond_the_grace_is_reported_as_cut_off() -> None:
+    app = toy_app(drain_grace_seconds=0.05)
+    host = ServiceHost(app)
+    await host.start()
+    await host.load()
+    with app.runtime.state.request():
+        assert not await host.drain()
+    await host.stop()
+
+
+@pytest.mark.parametrize("listener", ["grpc_port", "http_port"])
+async def test_a_taken_port_is_named(listener: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        host = ServiceHost(toy_app(**{listener: port}))
+        with pytest.raises(StartupError, match=str(port)):
+            await host.start()

@@ -1,0 +1,303 @@
+"""Every bad input gets the same specific answer over gRPC and HTTP, and serving goes on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc.aio
+import httpx
+import pytest
+from PIL import Image
+
+from scq.codec import FrameCodec
+from vqserve.common.errors import HTTP_STATUS
+from vqserve.common.testing import Failure, ServiceProcess, grpc_failure, http_failure
+from vqserve.tokenizer.testing import (
+    LABELLED,
+    PLAIN,
+    image_file,
+    picture,
+    png_claiming,
+    resealed,
+    tiny_model,
+)
+from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
+from vqstack.tokenizer.v1 import tokenizer_pb2_grpc
+
+OCTETS = {"content-type": "application/octet-stream"}
+TOO_MANY_BYTES = 200_001
+
+Request = pb.EncodeRequest | pb.DecodeRequest | pb.RecognizeRequest | pb.GetModelRequest
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input on both wires, and the answer it must get."""
+
+    name: str
+    request: Request
+    path: str
+    body: bytes
+    code: str
+    reason: str
+    http_status: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def codes_of(config_name: str = "labelled") -> bytes:
+    config = LABELLED if config_name == "labelled" else PLAIN
+    return FrameCodec(tiny_model(config)).encode(picture()).codes
+
+
+def flipped(codes: bytes, position: int) -> bytes:
+    return codes[:position] + bytes([codes[position] ^ 0xFF]) + codes[position + 1 :]
+
+
+def with_bytes(codes: bytes, position: int, replacement: bytes) -> bytes:
+    return codes[:position] + replacement + codes[position + len(replacement) :]
+
+
+def gif() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture()).save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+def encode_case(
+    name: str, image: bytes, reason: str, model: str = "labelled", code: str = "INVALID_ARGUMENT"
+) -> Case:
+    request = pb.EncodeRequest(model=model, image=image)
+    return Case(name, request, f"/v1/encode?model={model}", image, code, reason)
+
+
+def decode_case(name: str, codes: bytes, reason: str, code: str = "INVALID_ARGUMENT") -> Case:
+    return Case(name, pb.DecodeRequest(codes=codes), "/v1/decode", codes, code, reason)
+
+
+def encode_cases() -> list[Case]:
+    jpeg = image_file("JPEG")
+    return [
+        encode_case("random bytes as image", b"\x13\x37" * 400, "INVALID_IMAGE"),
+        encode_case("truncated JPEG", jpeg[: len(jpeg) // 2], "INVALID_IMAGE"),
+        encode_case("truncated PNG", image_file("PNG")[:200], "INVALID_IMAGE"),
+        encode_case("truncated WebP", image_file("WEBP")[:60], "INVALID_IMAGE"),
+        encode_case("GIF, which is not accepted", gif(), "INVALID_IMAGE"),
+        encode_case("100-megapixel PNG header", png_claiming(10_000, 10_000), "IMAGE_TOO_LARGE"),
+        encode_case("4-gigapixel PNG header", png_claiming(65_535, 65_535), "IMAGE_TOO_LARGE"),
+        encode_case("zero-size PNG", png_claiming(0, 16), "INVALID_IMAGE"),
+        encode_case("empty image", b"", "EMPTY_PAYLOAD"),
+        encode_case("unknown model", image_file(), "UNKNOWN_MODEL", "nope", "NOT_FOUND"),
+        encode_case("no model named", image_file(), "INVALID_ARGUMENT", ""),
+        encode_case("encoder that yields NaN", image_file(), "INVALID_LATENTS", "nan"),
+    ]
+
+
+def decode_cases() -> list[Case]:
+    codes = codes_of()
+    out_of_range = resealed(codes[:16] + b"\xff" * (len(codes) - 16))
+    return [
+        decode_case("no codes", b"", "EMPTY_PAYLOAD"),
+        decode_case("three bytes as codes", b"SQ\x01", "CORRUPT_CODES"),
+        decode_case("wrong magic", resealed(b"XX" + codes[2:]), "CORRUPT_CODES"),
+        decode_case("wrong version", resealed(with_bytes(codes, 2, b"\x63")), "CORRUPT_CODES"),
+        decode_case("reserved flag", resealed(with_bytes(codes, 3, b"\x80")), "CORRUPT_CODES"),
+        decode_case("wrong CRC", flipped(codes, 12), "CORRUPT_CODES"),
+        decode_case("flipped payload bit", flipped(codes, len(codes) - 1), "CORRUPT_CODES"),
+        decode_case("truncated codes", codes[:-1], "CORRUPT_CODES"),
+        decode_case("truncated codes, resealed", resealed(codes[:-1]), "CORRUPT_CODES"),
+        decode_case("index out of range", out_of_range, "CORRUPT_CODES"),
+        decode_case(
+            "size that its payload cannot fill",
+            resealed(with_bytes(codes, 4, (240).to_bytes(2, "little"))),
+            "CORRUPT_CODES",
+        ),
+        decode_case(
+            "header that asks for 4 gigapixels",
+            resealed(with_bytes(codes, 4, b"\xff\xff\xff\xff")),
+            "IMAGE_TOO_LARGE",
+        ),
+        decode_case(
+            "codes of a model that is not loaded",
+            resealed(with_bytes(codes, 8, b"\x00\x01\x02\x03")),
+            "UNKNOWN_MODEL",
+            "NOT_FOUND",
+        ),
+        Case(
+            "unknown picture format",
+            pb.DecodeRequest(codes=codes, format=99),  # type: ignore[arg-type]
+            "/v1/decode?format=tiff",
+            codes,
+            "INVALID_ARGUMENT",
+            "INVALID_ARGUMENT",
+        ),
+    ]
+
+
+def recognize_cases() -> list[Case]:
+    codes, plain = codes_of(), codes_of("plain")
+    headers = tuple(OCTETS.items())
+    return [
+        Case(
+            "recognize without a head",
+            pb.RecognizeRequest(codes=plain),
+            "/v1/recognize",
+            plain,
+            "FAILED_PRECONDITION",
+            "NO_RECOGNITION_HEAD",
+            headers=headers,
+        ),
+        Case(
+            "recognize an image without a head",
+            pb.RecognizeRequest(image=image_file(), model="plain"),
+            "/v1/recognize?model=plain",
+            image_file(),
+            "FAILED_PRECONDITION",
+            "NO_RECOGNITION_HEAD",
+            headers=(("content-type", "image/png"),),
+        ),
+        Case(
+            "recognize codes of another model",
+            pb.RecognizeRequest(codes=codes, model="plain"),
+            "/v1/recognize?model=plain",
+            codes,
+            "INVALID_ARGUMENT",
+            "MODEL_MISMATCH",
+            headers=headers,
+        ),
+        Case(
+            "recognize nothing",
+            pb.RecognizeRequest(),
+            "/v1/recognize",
+            b"",
+            "INVALID_ARGUMENT",
+            "EMPTY_PAYLOAD",
+            headers=headers,
+        ),
+        Case(
+            "too many labels wanted",
+            pb.RecognizeRequest(codes=codes, top_k=101),
+            "/v1/recognize?top_k=101",
+            codes,
+            "INVALID_ARGUMENT",
+            "INVALID_ARGUMENT",
+            headers=headers,
+        ),
+    ]
+
+
+def other_cases() -> list[Case]:
+    too_much = bytes(TOO_MANY_BYTES)
+    return [
+        Case(
+            "one byte above the request limit",
+            pb.DecodeRequest(codes=too_much),
+            "/v1/decode",
+            too_much,
+            "RESOURCE_EXHAUSTED",
+            "PAYLOAD_TOO_LARGE",
+            http_status=413,
+        ),
+        Case(
+            "unknown model described",
+            pb.GetModelRequest(model="deadbeefdead"),
+            "/v1/models/deadbeefdead",
+            b"",
+            "NOT_FOUND",
+            "UNKNOWN_MODEL",
+        ),
+    ]
+
+
+CASES = [*encode_cases(), *decode_cases(), *recognize_cases(), *other_cases()]
+
+
+async def over_grpc(address: str, request: Request) -> Failure:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        calls: dict[type, Callable[..., object]] = {
+            pb.EncodeRequest: stub.Encode,
+            pb.DecodeRequest: stub.Decode,
+            pb.RecognizeRequest: stub.Recognize,
+            pb.GetModelRequest: stub.GetModel,
+        }
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await calls[type(request)](request, timeout=20)  # type: ignore[misc]
+        return grpc_failure(caught.value)
+
+
+def over_http(url: str, case: Case) -> tuple[int, Failure]:
+    method = "GET" if case.path.startswith("/v1/models") else "POST"
+    headers = dict(case.headers)
+    response = httpx.request(
+        method, url + case.path, content=case.body or None, headers=headers, timeout=20
+    )
+    return response.status_code, http_failure(response.json(), response.headers)
+
+
+async def still_serves(service: ServiceProcess) -> None:
+    good = image_file()
+    url = f"{service.http_url}/v1/encode?model=labelled"
+    response = httpx.post(url, content=good, timeout=20)
+    assert response.status_code == 200
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        reply = await stub.Encode(pb.EncodeRequest(model="labelled", image=good), timeout=20)
+    assert reply.codes == response.content
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_both_protocols_give_the_same_specific_error(
+    case: Case, service: ServiceProcess
+) -> None:
+    by_grpc = await over_grpc(service.grpc_address, case.request)
+    status, by_http = over_http(service.http_url, case)
+
+    assert (by_grpc.code, by_grpc.reason) == (case.code, case.reason)
+    assert (by_http.code, by_http.reason) == (case.code, case.reason)
+    assert status == (case.http_status or HTTP_STATUS[grpc.StatusCode[case.code]])
+    assert len(by_grpc.message) > 20
+    assert by_grpc.request_id
+    assert by_http.request_id
+    await still_serves(service)
+
+
+def test_the_table_names_every_case_once() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+
+
+async def test_a_compressed_request_is_limited_by_its_real_size(service: ServiceProcess) -> None:
+    bomb = pb.DecodeRequest(codes=bytes(50_000_000))
+    async with grpc.aio.insecure_channel(
+        service.grpc_address, compression=grpc.Compression.Gzip
+    ) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Decode(bomb, timeout=20)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await still_serves(service)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "reason"),
+    [
+        ("GET", "/v1/nothing", 404, "NO_SUCH_ROUTE"),
+        ("DELETE", "/v1/encode", 405, "METHOD_NOT_ALLOWED"),
+        ("POST", "/v1/recognize?model=labelled", 400, "INVALID_ARGUMENT"),
+        ("POST", "/v1/recognize?top_k=-1", 400, "INVALID_ARGUMENT"),
+    ],
+)
+def test_what_only_http_can_get_wrong(
+    service: ServiceProcess, method: str, path: str, status: int, reason: str
+) -> None:
+    response = httpx.request(method, service.http_url + path, content=b"x", timeout=20)
+    assert response.status_code == status
+    assert http_failure(response.json(), response.headers).reason == reason
+
+
+def test_a_body_without_declared_length_is_limited_too(service: ServiceProcess) -> None:
+    chunks = (bytes(50_000) for _ in range(10))
+    response = httpx.post(f"{service.http_url}/v1/decode", content=chunks, timeout=20)
+    assert response.status_code == 413
