@@ -30,6 +30,7 @@ _ERRORS: dict[type[engine_errors.VqllmError], type[ServiceError]] = {
     engine_errors.PromptTooLong: errors.PromptTooLong,
     engine_errors.InvalidPrompt: errors.InvalidPrompt,
     engine_errors.InvalidSampling: errors.InvalidSampling,
+    engine_errors.ExecutorUnavailable: errors.ExecutorUnavailable,
     engine_errors.QueueFull: ResourceExhausted,
     engine_errors.UnknownModel: errors.InvalidModelPath,
     engine_errors.UnsupportedModel: errors.InvalidModelPath,

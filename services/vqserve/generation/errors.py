@@ -86,10 +86,10 @@ class LastModel(FailedPrecondition):
     reason = "LAST_MODEL"
 
 
-class LoadingDisabled(FailedPrecondition):
-    """Admin loads need a model root."""
+class ExecutorUnavailable(FailedPrecondition):
+    """The configured executor's library is missing, installed twice, or unknown."""
 
-    reason = "LOADING_DISABLED"
+    reason = "EXECUTOR_UNAVAILABLE"
 
 
 class EngineFailed(Internal):

@@ -9,9 +9,6 @@ decides how: `slow` takes 20 ms a step, `broken` fails in its third step, `corru
 from __future__ import annotations
 
 import json
-import re
-import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -21,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vqllm.errors import CorruptCheckpoint, UnknownModel
@@ -28,7 +28,9 @@ from vqllm.model_info import ModelInfo
 from vqllm.runtime.engine import Engine
 from vqllm.runtime.executors.base import Executor, Logits
 from vqllm.runtime.tokenizer import ChatTokenizer
-from vqserve.generation.__main__ import engine_config, main
+from vqserve.common.testing import POLL_SECONDS, ServiceProcess, service_process
+from vqserve.generation.__main__ import main
+from vqserve.generation.app import engine_config
 from vqserve.generation.config import GenerationSettings
 from vqserve.generation.models import Loader
 
@@ -39,6 +41,20 @@ TEMPLATE = (
     "assistant: "
 )
 CONTEXT_LENGTH = 256
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -104,15 +120,46 @@ class FakeExecutor(Executor):
 
 def byte_tokenizer(has_template: bool = True) -> ChatTokenizer:
     """One token for each byte, and one that ends an answer."""
+    tokenizer = _bytes_as_tokens()
+    template = TEMPLATE if has_template else None
+    return ChatTokenizer(tokenizer, frozenset({tokenizer.get_vocab()[END]}), template)
+
+
+def _bytes_as_tokens() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {char: index for index, char in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END, special=True)])
-    template = TEMPLATE if has_template else None
+    return tokenizer
+
+
+def write_tiny_llama(folder: Path) -> None:
+    """A model folder with one random layer, for the real loader."""
+    folder.mkdir()
+    tokenizer = _bytes_as_tokens()
     end = tokenizer.get_vocab()[END]
-    return ChatTokenizer(tokenizer, frozenset({end}), template)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"chat_template": TEMPLATE, "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {**TINY_LLAMA, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(_random_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _random_tensors() -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    layer, shapes = "model.layers.0", {"model.embed_tokens": (257, 32)}
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        shapes[f"{layer}.self_attn.{part}"] = (32, 32)
+    for part in ("gate_proj", "up_proj"):
+        shapes[f"{layer}.mlp.{part}"] = (64, 32)
+    shapes[f"{layer}.mlp.down_proj"] = (32, 64)
+    tensors = {name: rng.normal(0, 0.3, shape) for name, shape in shapes.items()}
+    for norm in (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"):
+        tensors[norm] = np.ones(32)
+    return {f"{name}.weight": values.astype(np.float32) for name, values in tensors.items()}
 
 
 def fake_model(
@@ -143,84 +190,35 @@ def fake_loader(settings: GenerationSettings) -> Loader:
     return load
 
 
-@dataclass
-class ServerProcess:
-    """A running service process; `log` is the file that its stderr goes to."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-    grpc_port: int
-    http_port: int
-    admin_port: int | None
-
-    @property
-    def grpc_target(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
-
-    @property
-    def http_url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
-
-    def exposition(self) -> str:
-        """The text of GET /metrics."""
-        with urllib.request.urlopen(f"{self.http_url}/metrics", timeout=10) as response:
-            return str(response.read().decode())
+class LlmServer(ServiceProcess):
+    """A running llmd, with an eye on its metrics."""
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's series that have these labels; 0 when there is none."""
-        total = 0.0
-        for series, value in re.findall(
-            rf"^{name}(?:{{(.*)}})? (\S+)$", self.exposition(), flags=re.MULTILINE
-        ):
-            found = dict(re.findall(r'(\w+)="([^"]*)"', series))
-            if labels.items() <= found.items():
-                total += float(value)
-        return total
+        with urllib.request.urlopen(f"{self.http_url}/metrics", timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def wait_for_metric(self, name: str, expected: float, **labels: str) -> None:
         """Return once the metric has this value; AssertionError after 10 seconds."""
         last_chance = time.monotonic() + 10
         while (value := self.metric(name, **labels)) != expected:
             assert time.monotonic() < last_chance, f"{name} is {value}, expected {expected}"
-            time.sleep(0.02)
-
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> int:
-        """The exit status, once the process has ended."""
-        return self.process.wait(timeout=30)
+            time.sleep(POLL_SECONDS)
 
 
 @contextmanager
-def server_process(folder: Path, arguments: Sequence[str]) -> Iterator[ServerProcess]:
-    """Run `python ARGUMENTS...` with free ports until the block ends; files go to `folder`.
-
-    Raises:
-        RuntimeError: the process ended before it served; the message holds its log.
-    """
-    ports_file, log = folder / "ports.json", folder / "server.log"
-    ports = ("--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file))
-    with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, *arguments, *ports], stderr=stderr)
-    try:
-        yield _wait_until_serving(process, ports_file, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_until_serving(
-    process: subprocess.Popen[bytes], ports_file: Path, log: Path
-) -> ServerProcess:
-    last_chance = time.monotonic() + 60
-    while not ports_file.exists():
-        if process.poll() is not None or time.monotonic() > last_chance:
-            raise RuntimeError(f"the server did not start:\n{log.read_text()}")
-        time.sleep(0.02)
-    ports = json.loads(ports_file.read_text())
-    return ServerProcess(process, log, ports["grpc"], ports["http"], ports["admin"])
+def llm_server(
+    folder: Path, args: Sequence[str], module: str = "vqserve.generation.testing"
+) -> Iterator[LlmServer]:
+    """llmd as a process on free ports, ready to serve; stopped on the way out."""
+    with service_process(module, args, folder) as service:
+        yield LlmServer(service.process, service.ports, service.log)
 
 
 if __name__ == "__main__":

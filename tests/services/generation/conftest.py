@@ -11,13 +11,13 @@ import grpc.aio
 import httpx
 import pytest
 
-from vqserve.generation.testing import ServerProcess, server_process
+from vqserve.generation.testing import LlmServer, llm_server
 from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
     from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
-Start = Callable[..., ServerProcess]
+Start = Callable[..., LlmServer]
 
 
 @pytest.fixture(scope="module")
@@ -25,33 +25,33 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start llmd on a fake model: `start("slow", "--max-num-sequences", "1")`."""
     with ExitStack() as stack:
 
-        def start_one(model: str, *flags: str) -> ServerProcess:
+        def start_one(model: str, *flags: str) -> LlmServer:
             root = tmp_path_factory.mktemp("llmd")
             folder = root / model
             folder.mkdir()
-            arguments = ("-m", "vqserve.generation.testing", "--model", str(folder), *flags)
-            return stack.enter_context(server_process(root, arguments))
+            args = ("--model", str(folder), *flags)
+            return stack.enter_context(llm_server(root, args))
 
         yield start_one
 
 
 @pytest.fixture(scope="module")
-def fast(start: Start) -> ServerProcess:
+def fast(start: Start) -> LlmServer:
     """A server that answers at once."""
     return start("fast")
 
 
 @pytest.fixture
 async def stub(
-    fast: ServerProcess,
+    fast: LlmServer,
 ) -> AsyncIterator[GenerationServiceAsyncStub]:
     """A gRPC stub on the fast server."""
-    async with grpc.aio.insecure_channel(fast.grpc_target) as channel:
+    async with grpc.aio.insecure_channel(fast.grpc_address) as channel:
         yield GenerationServiceStub(channel)
 
 
 @pytest.fixture
-async def http(fast: ServerProcess) -> AsyncIterator[httpx.AsyncClient]:
+async def http(fast: LlmServer) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client on the fast server."""
     async with httpx.AsyncClient(base_url=fast.http_url, timeout=30) as client:
         yield client

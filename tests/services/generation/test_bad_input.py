@@ -14,7 +14,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from vqserve.common.errors import HTTP_STATUS, STATUS_DETAILS_KEY
-from vqserve.generation.testing import ANSWER, CONTEXT_LENGTH, ServerProcess
+from vqserve.generation.testing import ANSWER, CONTEXT_LENGTH, LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -325,10 +325,10 @@ def ids(case: Case) -> str:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.rpc is not None], ids=ids)
 async def test_grpc_refuses(
-    case: Case, fast: ServerProcess, stub: GenerationServiceAsyncStub, http: httpx.AsyncClient
+    case: Case, fast: LlmServer, stub: GenerationServiceAsyncStub, http: httpx.AsyncClient
 ) -> None:
     if isinstance(case.rpc, bytes):
-        error = await raw_refusal(fast.grpc_target, case.rpc)
+        error = await raw_refusal(fast.grpc_address, case.rpc)
     else:
         error = await refusal(stub, case.rpc)
     info = details(error, error_details_pb2.ErrorInfo)
@@ -356,12 +356,12 @@ async def test_http_refuses(case: Case, http: httpx.AsyncClient) -> None:
     "case", [case for case in CASES if case.rpc is not None and case.rest is not None], ids=ids
 )
 async def test_both_protocols_say_the_same(
-    case: Case, fast: ServerProcess, stub: GenerationServiceAsyncStub, http: httpx.AsyncClient
+    case: Case, fast: LlmServer, stub: GenerationServiceAsyncStub, http: httpx.AsyncClient
 ) -> None:
     assert case.rest is not None
     is_raw = isinstance(case.rpc, bytes)
     error = (
-        await raw_refusal(fast.grpc_target, case.rpc) if is_raw else await refusal(stub, case.rpc)
+        await raw_refusal(fast.grpc_address, case.rpc) if is_raw else await refusal(stub, case.rpc)
     )
     response = await post(http, *case.rest)
     body = response.json()["error"]
@@ -400,7 +400,7 @@ async def test_unknown_routes_answer_in_the_same_shape(
 
 
 async def test_a_conversation_needs_a_chat_template(
-    start: Callable[..., ServerProcess],
+    start: Callable[..., LlmServer],
 ) -> None:
     server = start("plain")
     async with httpx.AsyncClient(base_url=server.http_url) as client:

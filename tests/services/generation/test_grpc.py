@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from vqserve.generation.testing import ANSWER, ServerProcess
+from vqserve.generation.testing import ANSWER, LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ async def test_models_are_described(stub: GenerationServiceAsyncStub) -> None:
     )
 
 
-async def test_health_knows_the_service(fast: ServerProcess) -> None:
-    async with grpc.aio.insecure_channel(fast.grpc_target) as channel:
+async def test_health_knows_the_service(fast: LlmServer) -> None:
+    async with grpc.aio.insecure_channel(fast.grpc_address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         for name in ("", "vqstack.generation.v1.GenerationService"):
             status = await stub.Check(health_pb2.HealthCheckRequest(service=name))

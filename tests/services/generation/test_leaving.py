@@ -16,14 +16,14 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from vqserve.generation.testing import ServerProcess
+from vqserve.generation.testing import LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
 from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
     from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceAsyncStub
 
-Start = Callable[..., ServerProcess]
+Start = Callable[..., LlmServer]
 
 # 200 steps of 20 ms: nobody here waits for the end.
 ENDLESS = pb.GenerateRequest(
@@ -33,21 +33,29 @@ ENDLESS_BODY: dict[str, Any] = {"prompt": "x", "max_tokens": 200, "ignore_eos": 
 
 
 @pytest.fixture(scope="module")
-def slow(start: Start) -> ServerProcess:
+def slow(start: Start) -> LlmServer:
     """A server that takes 20 ms a token."""
     return start("slow")
 
 
 @asynccontextmanager
-async def connected(server: ServerProcess) -> AsyncIterator[GenerationServiceAsyncStub]:
-    async with grpc.aio.insecure_channel(server.grpc_target) as channel:
+async def connected(server: LlmServer) -> AsyncIterator[GenerationServiceAsyncStub]:
+    async with grpc.aio.insecure_channel(server.grpc_address) as channel:
         yield GenerationServiceStub(channel)
+
+
+async def rest_of(call: Any) -> list[pb.GenerateResponse]:
+    """What a call that was `read` from still has to say."""
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
 
 
 class Counted:
     """What one departure changes in a server's metrics."""
 
-    def __init__(self, server: ServerProcess) -> None:
+    def __init__(self, server: LlmServer) -> None:
         self._server = server
         self._aborted = server.metric("llm_requests_total", finish_reason="abort")
 
@@ -63,24 +71,24 @@ class Counted:
         server.wait_for_metric("server_requests_in_flight", 0)
 
 
-async def test_cancelling_the_call_frees_the_sequence(slow: ServerProcess) -> None:
+async def test_cancelling_the_call_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
     async with connected(slow) as stub:
         call = stub.Generate(ENDLESS)
-        await anext(aiter(call))
+        await call.read()
         assert slow.metric("llm_requests_running") == 1
         call.cancel()
     await asyncio.to_thread(counted.check_freed)
 
 
-async def test_a_vanished_channel_frees_the_sequence(slow: ServerProcess) -> None:
+async def test_a_vanished_channel_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
     async with connected(slow) as stub:
-        await anext(aiter(stub.Generate(ENDLESS)))
+        await stub.Generate(ENDLESS).read()
     await asyncio.to_thread(counted.check_freed)
 
 
-async def test_an_expired_deadline_frees_the_sequence(slow: ServerProcess) -> None:
+async def test_an_expired_deadline_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
     async with connected(slow) as stub:
         with pytest.raises(grpc.aio.AioRpcError) as expired:
@@ -89,7 +97,7 @@ async def test_an_expired_deadline_frees_the_sequence(slow: ServerProcess) -> No
     await asyncio.to_thread(counted.check_freed)
 
 
-async def test_closing_an_event_stream_frees_the_sequence(slow: ServerProcess) -> None:
+async def test_closing_an_event_stream_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
     async with (
         httpx.AsyncClient(base_url=slow.http_url) as http,
@@ -99,17 +107,17 @@ async def test_closing_an_event_stream_frees_the_sequence(slow: ServerProcess) -
     await asyncio.to_thread(counted.check_freed)
 
 
-def test_a_killed_connection_frees_the_sequence(slow: ServerProcess) -> None:
+def test_a_killed_connection_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
     body = b'{"prompt": "x", "max_tokens": 200}'
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
-    with socket.create_connection(("127.0.0.1", slow.http_port)) as connection:
+    with socket.create_connection(("127.0.0.1", slow.ports.http)) as connection:
         connection.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         slow.wait_for_metric("llm_requests_running", 1)
     counted.check_freed()
 
 
-async def test_an_http_deadline_frees_the_sequence(slow: ServerProcess) -> None:
+async def test_an_http_deadline_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
     async with httpx.AsyncClient(base_url=slow.http_url) as http:
         response = await http.post(
@@ -120,13 +128,13 @@ async def test_an_http_deadline_frees_the_sequence(slow: ServerProcess) -> None:
     await asyncio.to_thread(counted.check_freed)
 
 
-async def test_one_departure_leaves_the_others_alone(slow: ServerProcess) -> None:
+async def test_one_departure_leaves_the_others_alone(slow: LlmServer) -> None:
     counted = Counted(slow)
     body = {"prompt": "x", "max_tokens": 40, "temperature": 0}
     async with connected(slow) as stub, httpx.AsyncClient(base_url=slow.http_url) as http:
         staying = asyncio.create_task(http.post("/v1/completions", json=body, timeout=30))
         call = stub.Generate(ENDLESS)
-        await anext(aiter(call))
+        await call.read()
         call.cancel()
         answer = (await staying).json()
     assert answer["usage"]["completion_tokens"] == 40
@@ -136,8 +144,9 @@ async def test_one_departure_leaves_the_others_alone(slow: ServerProcess) -> Non
 async def test_a_full_queue_answers_429_and_resource_exhausted(start: Start) -> None:
     server = start("slow", "--max-num-sequences", "1", "--max-concurrent-requests", "2")
     async with connected(server) as stub, httpx.AsyncClient(base_url=server.http_url) as http:
-        running, waiting = stub.Generate(ENDLESS), stub.Generate(ENDLESS)
-        await anext(aiter(running))
+        running = stub.Generate(ENDLESS)
+        await running.read()
+        waiting = stub.Generate(ENDLESS)
         await asyncio.to_thread(server.wait_for_metric, "llm_requests_waiting", 1)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             [response async for response in stub.Generate(ENDLESS)]
@@ -154,7 +163,7 @@ async def test_a_full_queue_answers_429_and_resource_exhausted(start: Start) -> 
         assert server.metric("llm_requests_rejected_total", reason="queue_full") == 3
         assert server.metric("server_admission_rejections_total", reason="queue_full") == 3
         running.cancel()
-        await anext(aiter(waiting))
+        await waiting.read()
         waiting.cancel()
         await asyncio.to_thread(server.wait_for_metric, "llm_requests_running", 0)
         answer = await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
@@ -164,8 +173,9 @@ async def test_a_full_queue_answers_429_and_resource_exhausted(start: Start) -> 
 async def test_a_request_can_be_cancelled_while_it_waits(start: Start) -> None:
     server = start("slow", "--max-num-sequences", "1")
     async with connected(server) as stub:
-        running, waiting = stub.Generate(ENDLESS), stub.Generate(ENDLESS)
-        await anext(aiter(running))
+        running = stub.Generate(ENDLESS)
+        await running.read()
+        waiting = stub.Generate(ENDLESS)
         await asyncio.to_thread(server.wait_for_metric, "llm_requests_waiting", 1)
         waiting.cancel()
         await asyncio.to_thread(server.wait_for_metric, "llm_requests_waiting", 0)
@@ -196,9 +206,9 @@ async def test_sigterm_drops_no_accepted_request(start: Start) -> None:
 
         accepted = [asyncio.create_task(make()) for make in (over_grpc, over_sse, whole) * 2]
         await asyncio.to_thread(server.wait_for_metric, "server_requests_in_flight", 6)
-        server.terminate()
+        server.process.terminate()
         assert await asyncio.gather(*accepted) == [30, 1, 30] * 2
-    assert await asyncio.to_thread(server.wait) == 0
+    assert await asyncio.to_thread(server.process.wait, 30) == 0
 
 
 async def test_a_draining_server_refuses_newcomers(start: Start) -> None:
@@ -208,8 +218,8 @@ async def test_a_draining_server_refuses_newcomers(start: Start) -> None:
         running = stub.Generate(
             pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(max_tokens=100))
         )
-        await anext(aiter(running))
-        server.terminate()
+        await running.read()
+        server.process.terminate()
         await asyncio.to_thread(server.wait_for_metric, "server_draining", 1)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             [response async for response in stub.Generate(ENDLESS)]
@@ -217,17 +227,16 @@ async def test_a_draining_server_refuses_newcomers(start: Start) -> None:
         response = await http.post("/v1/completions", json=ENDLESS_BODY)
         assert response.status_code == 503
         assert response.json()["error"]["reason"] == "DRAINING"
-        rest = [piece async for piece in running]
-        assert rest[-1].finish_reason == pb.FINISH_REASON_LENGTH
-    assert await asyncio.to_thread(server.wait) == 0
+        assert (await rest_of(running))[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    assert await asyncio.to_thread(server.process.wait, 30) == 0
 
 
 async def test_requests_past_the_grace_period_are_cut_off(start: Start) -> None:
     server = start("slow", "--drain-grace-seconds", "0.2")
     async with connected(server) as stub:
         call = stub.Generate(ENDLESS)
-        await anext(aiter(call))
-        server.terminate()
+        await call.read()
+        server.process.terminate()
         with pytest.raises(grpc.aio.AioRpcError):
-            [piece async for piece in call]
-    assert await asyncio.to_thread(server.wait) == 0
+            await rest_of(call)
+    assert await asyncio.to_thread(server.process.wait, 30) == 0

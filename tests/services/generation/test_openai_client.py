@@ -13,13 +13,13 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from vqserve.generation.testing import ANSWER, ServerProcess
+from vqserve.generation.testing import ANSWER, LlmServer
 
 QUESTION = "What is on the picture?"
 
 
 @pytest.fixture
-async def client(fast: ServerProcess) -> AsyncIterator[AsyncOpenAI]:
+async def client(fast: LlmServer) -> AsyncIterator[AsyncOpenAI]:
     """OpenAI's own client, pointed at llmd."""
     async with AsyncOpenAI(base_url=f"{fast.http_url}/v1", api_key="none", max_retries=0) as made:
         yield made
@@ -171,7 +171,7 @@ async def test_the_wire_format_of_a_stream(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_silent_stream_sends_comments_that_clients_ignore(
-    start: Callable[..., ServerProcess],
+    start: Callable[..., LlmServer],
 ) -> None:
     server = start("slow", "--heartbeat-seconds", "0.002")
     body = {"prompt": "x", "max_tokens": 4, "temperature": 0, "stream": True}
@@ -190,7 +190,7 @@ async def test_a_silent_stream_sends_comments_that_clients_ignore(
 
 
 async def test_a_failure_in_mid_stream_is_an_error_event(
-    start: Callable[..., ServerProcess],
+    start: Callable[..., LlmServer],
 ) -> None:
     server = start("broken")
     async with AsyncOpenAI(
@@ -205,12 +205,11 @@ async def test_a_failure_in_mid_stream_is_an_error_event(
         assert answer.choices[0].text == ANSWER[:2]
 
 
-def test_curl_streams(fast: ServerProcess) -> None:
+def test_curl_streams(fast: LlmServer) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    body = (
-        '{"messages":[{"role":"user","content":"hi"}],"max_tokens":6,"temperature":0,"stream":true}'
-    )
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"messages": messages, "max_tokens": 6, "temperature": 0, "stream": True}
     done = subprocess.run(
         ["curl", "-sSN", f"{fast.http_url}/v1/chat/completions", "-H",
          "content-type: application/json", "-d", json.dumps(body)],
