@@ -17,139 +17,38 @@ module knows nothing of command lines or services; progress is reported to a cal
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from scq.checkpoint import new_state, restore_state, save_state
 from scq.codebook_init import kmeans, refine
-from scq.data import (
-    GTSRB_CLASSES,
-    CropConfig,
-    ImageSet,
-    hold_out_random,
-    hold_out_tail,
-    sample_batch,
-    to_tensor,
-)
+from scq.data import ImageSet, sample_batch, to_tensor
 from scq.errors import ScqError
 from scq.lattice import reconstruct, search
-from scq.model import ModelConfig, ScqAutoencoder, save_model
+from scq.model import ScqAutoencoder, save_model
+from scq.training_config import PRESETS, PhaseName, TrainConfig, split, with_classes
 
-PhaseName = Literal["identity", "soft", "lattice", "finetune"]
-
-_LR_WARMUP_STEPS = 100
-_LR_FLOOR = 0.05
 _SEED_LATENTS = 20_000
 _PIXEL_VARIANCE = 0.05
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One reproducible training run.
-
-    Steps count optimizer updates. `hold_out` splits `hold_out_fraction` of the images off for
-    validation: "tail" in the given order (video), "random", or "none". `single_code_share` is the
-    share of images coded with one code in phase 3. `bfloat16` runs convolutions in bfloat16.
-
-    Raises:
-        ScqError: a field out of range, naming it.
-    """
-
-    model: ModelConfig
-    crop: CropConfig
-    identity_steps: int = 400
-    soft_steps: int = 100
-    lattice_steps: int = 7000
-    finetune_steps: int = 1200
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    commitment: float = 1.0
-    codebook_pull: float = 1.0
-    codebook_rate_factor: float = 3.0
-    class_weight: float = 0.0
-    label_smoothing: float = 0.1
-    single_code_share: float = 0.1
-    dead_code_interval: int = 100
-    ema_decay: float = 0.998
-    bfloat16: bool = True
-    hold_out: Literal["tail", "random", "none"] = "random"
-    hold_out_fraction: float = 0.1
-    validate_interval: int = 1000
-    validation_images: int = 40
-    checkpoint_interval: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("identity_steps", "lattice_steps", "batch_size", "dead_code_interval"):
-            self._require(name, getattr(self, name) >= 1)
-        for name in ("validate_interval", "validation_images", "checkpoint_interval"):
-            self._require(name, getattr(self, name) >= 1)
-        for name in ("soft_steps", "finetune_steps", "weight_decay", "commitment", "class_weight"):
-            self._require(name, getattr(self, name) >= 0)
-        for name in ("codebook_pull", "codebook_rate_factor"):
-            self._require(name, getattr(self, name) >= 0)
-        for name in ("single_code_share", "ema_decay", "hold_out_fraction", "label_smoothing"):
-            self._require(name, 0 <= getattr(self, name) < 1)
-        self._require("learning_rate", self.learning_rate > 0)
-        self._require("hold_out", self.hold_out in ("tail", "random", "none"))
-        self._require("crop", self.crop.size % self.model.stride == 0)
-
-    def _require(self, name: str, valid: bool) -> None:
-        if not valid:
-            raise ScqError(f"{name} is out of range: {getattr(self, name)!r}")
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer updates of all phases together."""
-        return self.identity_steps + self.soft_steps + self.lattice_steps + self.finetune_steps
-
-    def phase(self, step: int) -> PhaseName:
-        """The phase that `step` (from 0) belongs to."""
-        if step < self.identity_steps:
-            return "identity"
-        if step < self.identity_steps + self.soft_steps:
-            return "soft"
-        return "lattice" if step < self.total_steps - self.finetune_steps else "finetune"
-
-    def step_learning_rate(self, step: int) -> float:
-        """Linear warm-up and cosine to a floor; phase 4 starts again at 0.3 and ends at 0."""
-        main = self.total_steps - self.finetune_steps
-        if step < main:
-            cosine = 0.5 * (1 + math.cos(math.pi * step / main))
-            ramp = min(1.0, (step + 1) / _LR_WARMUP_STEPS)
-            return self.learning_rate * ramp * (_LR_FLOOR + (1 - _LR_FLOOR) * cosine)
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - main) / self.finetune_steps))
-        return 0.3 * self.learning_rate * cosine
-
-    def to_json(self) -> str:
-        """Indented JSON; `from_json` reads it back."""
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
-        """Read a training configuration. Raises ScqError naming what is wrong."""
-        try:
-            values: dict[str, Any] = json.loads(text)
-            unknown = set(values) - {item.name for item in fields(cls)}
-            if unknown:
-                raise ScqError(f"unknown training config fields: {', '.join(sorted(unknown))}")
-            values["model"] = ModelConfig.from_json(json.dumps(values["model"]))
-            values["crop"] = CropConfig(**values["crop"])
-            return cls(**values)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ScqError(f"training config is not valid: {error!r}") from error
+__all__ = [
+    "PRESETS",
+    "TrainConfig",
+    "TrainProgress",
+    "TrainResult",
+    "split",
+    "train",
+    "validate",
+    "with_classes",
+]
 
 
 @dataclass(frozen=True)
@@ -209,56 +108,6 @@ class _Validation:
 
 ProgressCallback = Callable[[TrainProgress], None]
 
-_FRAME_CROP = CropConfig(size=128, min_scale=0.8, max_scale=2.2)
-
-PRESETS: dict[str, TrainConfig] = {
-    "nav": TrainConfig(
-        model=ModelConfig("nav", "frame", stride=16, max_width=1280, max_height=720),
-        crop=_FRAME_CROP,
-        hold_out="tail",
-    ),
-    "food": TrainConfig(
-        model=ModelConfig("food", "frame", stride=16, max_width=512, max_height=512),
-        crop=replace(_FRAME_CROP, max_scale=1.75, jitter=0.1),
-        lattice_steps=5000,
-        finetune_steps=1000,
-        class_weight=0.03,
-    ),
-    "sign32": TrainConfig(
-        model=ModelConfig("sign32", "crop", stride=8, max_width=32, max_height=32, patch=2),
-        crop=CropConfig(size=32, min_scale=0.85, max_scale=1.15, flip=False, pad=3, jitter=0.3),
-        identity_steps=200,
-        soft_steps=50,
-        lattice_steps=2500,
-        finetune_steps=600,
-        batch_size=64,
-        class_weight=0.1,
-        hold_out="none",
-    ),
-}
-"""Named defaults. Class names are added from the data by `with_classes`."""
-
-
-def with_classes(config: TrainConfig, images: ImageSet) -> TrainConfig:
-    """The config with the data's classes where it asks for a class loss and names none."""
-    if config.class_weight == 0 or config.model.classes:
-        return config
-    if not images.classes:
-        raise ScqError("class_weight is set but the images lie in no class folders")
-    names = images.classes
-    if names == tuple(f"{number:02d}" for number in range(len(GTSRB_CLASSES))):
-        names = GTSRB_CLASSES
-    return replace(config, model=replace(config.model, classes=names))
-
-
-def split(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
-    """Training and validation images as the config's `hold_out` says."""
-    if config.hold_out == "tail":
-        return hold_out_tail(images, config.hold_out_fraction)
-    if config.hold_out == "random":
-        return hold_out_random(images, config.hold_out_fraction, config.seed)
-    return images, None
-
 
 def train(
     config: TrainConfig,
@@ -304,40 +153,15 @@ class _Trainer:
         self, config: TrainConfig, images: ImageSet, validation: ImageSet | None, output: Path
     ) -> None:
         self.config, self.images, self.validation, self.output = config, images, validation, output
-        torch.manual_seed(config.seed)
-        self.model = _channels_last(ScqAutoencoder(config.model))
-        self.average = _channels_last(ScqAutoencoder(config.model)).eval().requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
-        codebook = self.model.quantizer.codebook
-        others = [item for item in self.model.parameters() if item is not codebook]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": others, "weight_decay": config.weight_decay, "rate_factor": 1.0},
-                {
-                    "params": [codebook],
-                    "weight_decay": 0.0,
-                    "rate_factor": config.codebook_rate_factor,
-                },
-            ]
-        )
-        self.step = 0
+        self.state = new_state(config)
         self.validated = _Validation()
-        self.usage = torch.zeros(config.model.num_codes, dtype=torch.int64)
 
     def run(self, progress: ProgressCallback) -> TrainResult:
-        config = self.config
-        while self.step < config.total_steps:
-            started = time.perf_counter()
-            self._enter_phase()
-            losses = self._update()
-            restarted = self._restart_dead_codes()
-            self.step += 1
-            if self.step % config.validate_interval == 0 or self.step == config.total_steps:
-                self.validated = self._validate()
-            row = self._row(losses, restarted, time.perf_counter() - started)
+        while self.state.step < self.config.total_steps:
+            row = self._step()
             self._log(row)
-            progress(_progress(row, config))
-            if self.step % config.checkpoint_interval == 0:
+            progress(_progress(row, self.config))
+            if row.step % self.config.checkpoint_interval == 0:
                 self.save()
         model_hash = self.save()
         return TrainResult(
@@ -347,62 +171,60 @@ class _Trainer:
             self.validated.accuracy,
         )
 
+    def _step(self) -> _LogRow:
+        started = time.perf_counter()
+        self._enter_phase()
+        losses = self._update()
+        restarted = self._restart_dead_codes()
+        self.state.step += 1
+        last = self.state.step == self.config.total_steps
+        if last or self.state.step % self.config.validate_interval == 0:
+            self.validated = self._validate()
+        return self._row(losses, restarted, time.perf_counter() - started)
+
     def save(self) -> str:
-        """Write the checkpoint and the exported average; each file appears whole or not at all."""
-        tensors = dict(_named_tensors(self.model, self.average, self.optimizer))
-        tensors["usage"] = self.usage
-        metadata = {"step": str(self.step), "config": self.config.to_json()}
-        partial = self.output / "partial.safetensors"
-        save_file(tensors, str(partial), metadata=metadata)
-        partial.replace(self.output / "checkpoint.safetensors")
-        model_hash = save_model(self.average, partial)
+        """Write the checkpoint and the exported average; return the export's model id."""
+        save_state(self.state, self.config, self.output / "checkpoint.safetensors")
+        partial = self.output / "model.partial"
+        model_hash = save_model(self.state.average, partial)
         partial.replace(self.output / "model.safetensors")
         return model_hash
 
     def restore(self) -> None:
-        """Continue from `output`/checkpoint.safetensors."""
-        path = self.output / "checkpoint.safetensors"
-        if not path.exists():
-            raise ScqError(f"{path}: no checkpoint to resume; start without resume")
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["config"] != self.config.to_json():
-                raise ScqError(f"{path}: written by a different training config")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.step = int(metadata["step"])
-        self.usage = tensors.pop("usage")
-        self.model.load_state_dict(_with_prefix(tensors, "model."))
-        self.average.load_state_dict(_with_prefix(tensors, "average."))
-        _load_moments(self.optimizer, tensors)
+        """Continue from the checkpoint; the log forgets steps that are about to be repeated."""
+        restore_state(self.state, self.config, self.output / "checkpoint.safetensors")
+        path = self.output / "log.csv"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[: self.state.step + 1]))
 
     def _enter_phase(self) -> None:
-        config, step = self.config, self.step
+        config, step = self.config, self.state.step
         if step == config.identity_steps:
             self._fit_codebook()
         if config.phase(step) == "finetune":
             if config.phase(step - 1) != "finetune":
-                self.model.load_state_dict(self.average.state_dict())
-            self.model.encoder.requires_grad_(False)
-            self.model.quantizer.requires_grad_(False)
-        for group in self.optimizer.param_groups:
+                self.state.model.load_state_dict(self.state.average.state_dict())
+            self.state.model.encoder.requires_grad_(False)
+            self.state.model.quantizer.requires_grad_(False)
+        for group in self.state.optimizer.param_groups:
             group["lr"] = config.step_learning_rate(step) * group["rate_factor"]
 
     def _update(self) -> _StepLosses:
-        rng = np.random.default_rng((self.config.seed, self.step))
+        rng = np.random.default_rng((self.config.seed, self.state.step))
         torch.manual_seed(int(rng.integers(2**31)))
-        self.model.train()
+        self.state.model.train()
         losses = self._losses(rng)
         if not bool(torch.isfinite(losses.total)):
-            raise ScqError(f"loss is not finite at step {self.step}; lower learning_rate")
-        self.optimizer.zero_grad(set_to_none=True)
+            raise ScqError(f"loss is not finite at step {self.state.step}; lower learning_rate")
+        self.state.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.state.model.parameters(), 1.0)
+        self.state.optimizer.step()
         self._average_weights()
         return losses
 
     def _losses(self, rng: np.random.Generator) -> _StepLosses:
-        config, model = self.config, self.model
+        config, model = self.config, self.state.model
         batch = sample_batch(self.images, config.crop, config.batch_size, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             latents = model.encode(batch.images).float()
@@ -425,11 +247,11 @@ class _Trainer:
 
     def _quantize(self, latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Latents as the phase's decoder sees them, and the quantization error to penalise."""
-        config, phase = self.config, self.config.phase(self.step)
+        config, phase = self.config, self.config.phase(self.state.step)
         if phase == "identity":
             return latents, torch.zeros(())
         if phase == "soft":
-            quantized, _, _ = self.model.quantizer(latents)
+            quantized, _, _ = self.state.model.quantizer(latents)
             return quantized, config.commitment * functional.mse_loss(quantized, latents)
         quantized = self._lattice_points(latents, rng)
         pull_codes = config.codebook_pull * functional.mse_loss(quantized, latents.detach())
@@ -437,7 +259,7 @@ class _Trainer:
         return quantized + latents - latents.detach(), pull_codes + pull_latents
 
     def _lattice_points(self, latents: Tensor, rng: np.random.Generator) -> Tensor:
-        model, code = self.model, self.config.model.lattice
+        model, code = self.state.model, self.config.model.lattice
         single = torch.from_numpy(rng.random(latents.shape[0]) < self.config.single_code_share)
         codebook = model.quantizer.codebook
         points = torch.empty_like(latents)
@@ -447,13 +269,13 @@ class _Trainer:
             flat = latents[images].flatten(0, 2)
             assignment = search(flat, codebook, coder)
             used = assignment.indices[assignment.numerators > 0]
-            self.usage += torch.bincount(used, minlength=code.num_codes)
+            self.state.usage += torch.bincount(used, minlength=code.num_codes)
             points[images] = reconstruct(assignment, codebook).reshape(latents[images].shape)
         return points
 
     def _fit_codebook(self) -> None:
         """Codebook from the latents of random crops: k-means, then lattice least squares."""
-        config, model = self.config, self.model
+        config, model = self.config, self.state.model
         rng = np.random.default_rng((config.seed, config.total_steps))
         per_batch = config.batch_size * (config.crop.size // config.model.stride) ** 2
         batches = math.ceil(min(_SEED_LATENTS, 80 * config.model.num_codes) / per_batch)
@@ -467,7 +289,7 @@ class _Trainer:
             codebook = kmeans(latents, config.model.num_codes, generator)
             codebook = refine(latents, codebook, config.model.lattice)
             model.quantizer.codebook.copy_(codebook)
-            self.average.quantizer.codebook.copy_(codebook)
+            self.state.average.quantizer.codebook.copy_(codebook)
 
     def _restart_dead_codes(self) -> int:
         """Move codes that were (almost) unused since the last check onto current latents.
@@ -476,50 +298,50 @@ class _Trainer:
         """
         config = self.config
         first = config.identity_steps + config.soft_steps
-        inside = first <= self.step < first + 0.7 * config.lattice_steps
-        if not inside or (self.step + 1 - first) % config.dead_code_interval:
+        inside = first <= self.state.step < first + 0.7 * config.lattice_steps
+        if not inside or (self.state.step + 1 - first) % config.dead_code_interval:
             return 0
-        dead = (self.usage < 0.05 * self.usage.float().mean()).nonzero().flatten()
-        self.usage.zero_()
+        dead = (self.state.usage < 0.05 * self.state.usage.float().mean()).nonzero().flatten()
+        self.state.usage.zero_()
         if len(dead):
             self._place_codes(dead)
         return len(dead)
 
     def _place_codes(self, dead: Tensor) -> None:
         config = self.config
-        rng = np.random.default_rng((config.seed, self.step, 1))
+        rng = np.random.default_rng((config.seed, self.state.step, 1))
         crops = sample_batch(self.images, config.crop, config.batch_size, rng).images
-        codebook = self.model.quantizer.codebook
+        codebook = self.state.model.quantizer.codebook
         with torch.no_grad():
-            latents = self.model.encode(crops).flatten(0, 2)
+            latents = self.state.model.encode(crops).flatten(0, 2)
             points = reconstruct(search(latents, codebook, config.model.lattice), codebook)
             errors = (latents - points).square().sum(dim=1).double().numpy()
             count = min(len(dead), len(latents))
             chosen = rng.choice(len(latents), count, replace=False, p=errors / errors.sum())
             codebook[dead[:count]] = latents[chosen]
-            self.average.quantizer.codebook[dead[:count]] = latents[chosen]
+            self.state.average.quantizer.codebook[dead[:count]] = latents[chosen]
         for moment in ("exp_avg", "exp_avg_sq"):
-            self.optimizer.state[codebook][moment][dead[:count]] = 0
+            self.state.optimizer.state[codebook][moment][dead[:count]] = 0
 
     def _average_weights(self) -> None:
         # Early in a run the average must forget the initial weights quickly.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.config.ema_decay, (1 + self.state.step) / (10 + self.state.step))
         with torch.no_grad():
             for average, weight in zip(
-                self.average.parameters(), self.model.parameters(), strict=True
+                self.state.average.parameters(), self.state.model.parameters(), strict=True
             ):
                 average.lerp_(weight, 1 - decay)
 
     def _validate(self) -> _Validation:
-        if self.validation is None or self.step <= self.config.identity_steps:
+        if self.validation is None or self.state.step <= self.config.identity_steps:
             return _Validation()
-        return validate(self.average, self.validation, self.config.validation_images)
+        return validate(self.state.average, self.validation, self.config.validation_images)
 
     def _row(self, losses: _StepLosses, restarted: int, seconds: float) -> _LogRow:
         return _LogRow(
-            step=self.step,
-            phase=self.config.phase(self.step - 1),
-            learning_rate=self.config.step_learning_rate(self.step - 1),
+            step=self.state.step,
+            phase=self.config.phase(self.state.step - 1),
+            learning_rate=self.config.step_learning_rate(self.state.step - 1),
             loss=losses.total.item(),
             psnr_db=_psnr_db(losses.squared_error),
             quantization_error=losses.quantization_error,
@@ -578,34 +400,4 @@ def _progress(row: _LogRow, config: TrainConfig) -> TrainProgress:
         class_accuracy=row.class_accuracy,
         validation_psnr_db=row.validation_psnr_db,
         validation_accuracy=row.validation_accuracy,
-    )
-
-
-def _channels_last(model: ScqAutoencoder) -> ScqAutoencoder:
-    # Half the time of the default layout in backward on AVX-512 cores.
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _named_tensors(
-    model: ScqAutoencoder, average: ScqAutoencoder, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in (("model.", model), ("average.", average)):
-        for name, tensor in module.state_dict().items():
-            yield prefix + name, tensor.contiguous()
-    for number, state in optimizer.state_dict()["state"].items():
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            yield f"optimizer.{number}.{moment}", state[moment].contiguous()
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _with_prefix(tensors, "optimizer.").items():
-        number, moment = name.split(".")
-        state.setdefault(int(number), {})[moment] = tensor
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )

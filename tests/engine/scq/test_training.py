@@ -124,6 +124,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     stop_after(10)
     resumed = train(config, images, tmp_path / "parts", resume=True)
     assert resumed.model_hash == whole.model_hash
+    assert log_column(tmp_path / "parts", "step") == [str(step) for step in range(1, 19)]
 
 
 def test_resuming_needs_a_checkpoint_of_the_same_config(tmp_path: Path) -> None:

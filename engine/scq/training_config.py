@@ -1,0 +1,169 @@
+"""What a training run is: its settings, its phases and learning rates, and the named presets.
+
+Data only: knows how to check, store and schedule a run, not how to perform one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from scq.data import GTSRB_CLASSES, CropConfig, ImageSet, hold_out_random, hold_out_tail
+from scq.errors import ScqError
+from scq.model import ModelConfig
+
+PhaseName = Literal["identity", "soft", "lattice", "finetune"]
+
+_LR_WARMUP_STEPS = 100
+_LR_FLOOR = 0.05
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One reproducible training run.
+
+    Steps count optimizer updates. `hold_out` splits `hold_out_fraction` of the images off for
+    validation: "tail" in the given order (video), "random", or "none". `single_code_share` is the
+    share of images coded with one code in phase 3. `bfloat16` runs convolutions in bfloat16.
+
+    Raises:
+        ScqError: a field out of range, naming it.
+    """
+
+    model: ModelConfig
+    crop: CropConfig
+    identity_steps: int = 400
+    soft_steps: int = 100
+    lattice_steps: int = 7000
+    finetune_steps: int = 1200
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    commitment: float = 1.0
+    codebook_pull: float = 1.0
+    codebook_rate_factor: float = 3.0
+    class_weight: float = 0.0
+    label_smoothing: float = 0.1
+    single_code_share: float = 0.1
+    dead_code_interval: int = 100
+    ema_decay: float = 0.998
+    bfloat16: bool = True
+    hold_out: Literal["tail", "random", "none"] = "random"
+    hold_out_fraction: float = 0.1
+    validate_interval: int = 1000
+    validation_images: int = 40
+    checkpoint_interval: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("identity_steps", "lattice_steps", "batch_size", "dead_code_interval"):
+            self._require(name, getattr(self, name) >= 1)
+        for name in ("validate_interval", "validation_images", "checkpoint_interval"):
+            self._require(name, getattr(self, name) >= 1)
+        for name in ("soft_steps", "finetune_steps", "weight_decay", "commitment", "class_weight"):
+            self._require(name, getattr(self, name) >= 0)
+        for name in ("codebook_pull", "codebook_rate_factor"):
+            self._require(name, getattr(self, name) >= 0)
+        for name in ("single_code_share", "ema_decay", "hold_out_fraction", "label_smoothing"):
+            self._require(name, 0 <= getattr(self, name) < 1)
+        self._require("learning_rate", self.learning_rate > 0)
+        self._require("hold_out", self.hold_out in ("tail", "random", "none"))
+        self._require("crop", self.crop.size % self.model.stride == 0)
+
+    def _require(self, name: str, valid: bool) -> None:
+        if not valid:
+            raise ScqError(f"{name} is out of range: {getattr(self, name)!r}")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates of all phases together."""
+        return self.identity_steps + self.soft_steps + self.lattice_steps + self.finetune_steps
+
+    def phase(self, step: int) -> PhaseName:
+        """The phase that `step` (from 0) belongs to."""
+        if step < self.identity_steps:
+            return "identity"
+        if step < self.identity_steps + self.soft_steps:
+            return "soft"
+        return "lattice" if step < self.total_steps - self.finetune_steps else "finetune"
+
+    def step_learning_rate(self, step: int) -> float:
+        """Linear warm-up and cosine to a floor; phase 4 starts again at 0.3 and ends at 0."""
+        main = self.total_steps - self.finetune_steps
+        if step < main:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / main))
+            ramp = min(1.0, (step + 1) / _LR_WARMUP_STEPS)
+            return self.learning_rate * ramp * (_LR_FLOOR + (1 - _LR_FLOOR) * cosine)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - main) / self.finetune_steps))
+        return 0.3 * self.learning_rate * cosine
+
+    def to_json(self) -> str:
+        """Indented JSON; `from_json` reads it back."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read a training configuration. Raises ScqError naming what is wrong."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            unknown = set(values) - {item.name for item in fields(cls)}
+            if unknown:
+                raise ScqError(f"unknown training config fields: {', '.join(sorted(unknown))}")
+            values["model"] = ModelConfig.from_json(json.dumps(values["model"]))
+            values["crop"] = CropConfig(**values["crop"])
+            return cls(**values)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ScqError(f"training config is not valid: {error!r}") from error
+
+
+_FRAME_CROP = CropConfig(size=128, min_scale=0.8, max_scale=2.2)
+
+PRESETS: dict[str, TrainConfig] = {
+    "nav": TrainConfig(
+        model=ModelConfig("nav", "frame", stride=16, max_width=1280, max_height=720),
+        crop=_FRAME_CROP,
+        hold_out="tail",
+    ),
+    "food": TrainConfig(
+        model=ModelConfig("food", "frame", stride=16, max_width=512, max_height=512),
+        crop=replace(_FRAME_CROP, max_scale=1.75, jitter=0.1),
+        lattice_steps=5000,
+        finetune_steps=1000,
+        class_weight=0.03,
+    ),
+    "sign32": TrainConfig(
+        model=ModelConfig("sign32", "crop", stride=8, max_width=32, max_height=32, patch=2),
+        crop=CropConfig(size=32, min_scale=0.85, max_scale=1.15, flip=False, pad=3, jitter=0.3),
+        identity_steps=200,
+        soft_steps=50,
+        lattice_steps=2500,
+        finetune_steps=600,
+        batch_size=64,
+        class_weight=0.1,
+        hold_out="none",
+    ),
+}
+"""Named defaults. Class names are added from the data by `with_classes`."""
+
+
+def with_classes(config: TrainConfig, images: ImageSet) -> TrainConfig:
+    """The config with the data's classes where it asks for a class loss and names none."""
+    if config.class_weight == 0 or config.model.classes:
+        return config
+    if not images.classes:
+        raise ScqError("class_weight is set but the images lie in no class folders")
+    names = images.classes
+    if names == tuple(f"{number:02d}" for number in range(len(GTSRB_CLASSES))):
+        names = GTSRB_CLASSES
+    return replace(config, model=replace(config.model, classes=names))
+
+
+def split(config: TrainConfig, images: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+    """Training and validation images as the config's `hold_out` says."""
+    if config.hold_out == "tail":
+        return hold_out_tail(images, config.hold_out_fraction)
+    if config.hold_out == "random":
+        return hold_out_random(images, config.hold_out_fraction, config.seed)
+    return images, None
