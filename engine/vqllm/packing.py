@@ -30,7 +30,7 @@ def pack_rows(codes: Codes, bits: int) -> Words:
     stream = np.packbits(planes.reshape(num_rows * bits, num_columns), axis=0, bitorder="little")
     # Four consecutive bytes of one column form a word; bring them next to each other.
     quads = stream.reshape(-1, 4, num_columns).transpose(0, 2, 1)
-    return np.ascontiguousarray(quads).view("<i4")[..., 0]
+    return np.ascontiguousarray(quads).view("<i4").reshape(-1, num_columns)
 
 
 def unpack_rows(words: Words, bits: int) -> Codes:

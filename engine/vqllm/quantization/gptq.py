@@ -10,13 +10,15 @@ Works on one weight matrix and one hessian; knows no model, no file and no progr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqllm.errors import CalibrationError, InvalidConfig
+from vqllm.errors import CalibrationError, InvalidConfig, UnsupportedModel
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
 
 _SCALE_FLOOR = 2.0**-24  # smallest positive float16, so that no scale rounds to zero
@@ -54,11 +56,13 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Grou
 
     Raises:
         CalibrationError: the hessian is not finite or cannot be factored.
+        UnsupportedModel: the weights exceed what float16 scales can express.
     """
     hessian = _damped(hessian, options.damping)
     columns = weight.T.contiguous()
-    scales = search_scales(columns, hessian.diagonal().float(), options)
-    codes = _sweep(columns, hessian, scales, options)
+    with _one_thread():
+        scales = search_scales(columns, hessian.diagonal().float(), options)
+        codes = _sweep(columns, hessian, scales, options)
     return _grouped_linear(codes, scales, options.spec)
 
 
@@ -87,6 +91,8 @@ def search_scales(columns: Tensor, importance: Tensor, options: GptqOptions) -> 
     the `importance` (in,) of each column. `columns` is the weight transposed, (in, out).
     """
     spec = options.spec
+    if columns.abs().max() / (spec.max_code / 2) > torch.finfo(torch.float16).max:
+        raise UnsupportedModel("the weights are too large for the float16 scales of the format")
     clips = torch.linspace(1.0, options.min_clip, options.clip_steps)
     scales = []
     for start in range(0, columns.shape[0], spec.group_size):
@@ -121,6 +127,21 @@ def _nearest_codes(values: Tensor, scale: Tensor, spec: GroupedSpec) -> Tensor:
 
 def _dequantize(codes: Tensor, scale: Tensor, spec: GroupedSpec) -> Tensor:
     return (codes.float() - spec.symmetric_zero) * scale
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hold torch to one thread.
+
+    The sweep is a hundred thousand tiny operations per model. Split over threads, each ends in a
+    barrier, and on a busy machine a barrier costs a time slice: 19 s per block instead of 4.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _grouped_linear(codes: Tensor, scales: Tensor, spec: GroupedSpec) -> GroupedLinear:

@@ -7,7 +7,7 @@ and one set of activations are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,16 +88,12 @@ def quantize_model(
     check_shapes(checkpoint, options)
     with torch.inference_mode():
         embedding = torch.from_numpy(checkpoint.embedding())
-        states = [embedding[torch.from_numpy(rows)] for rows in _batches(windows)]
+        states = embedding[torch.from_numpy(windows)]
         del embedding
         rotary = RotaryTable.build(checkpoint.config, windows.shape[1])
         for layer in range(checkpoint.config.num_layers):
             block = _Block(checkpoint, layer, rotary, options)
             yield from block.quantize(states)
-
-
-def _batches(windows: Windows) -> list[Windows]:
-    return [windows[i : i + BATCH_WINDOWS] for i in range(0, len(windows), BATCH_WINDOWS)]
 
 
 class _Block:
@@ -112,39 +108,63 @@ class _Block:
         self._rotary = rotary
         self._options = options
 
-    def quantize(self, states: list[Tensor]) -> Iterator[QuantizedPart]:
-        """Quantize the block and replace each hidden state in `states` by the block's output."""
-        inputs = [self._normed(state, self._weights.input_norm) for state in states]
-        yield from self._quantize_linears(_ATTENTION_INPUTS, inputs)
-        inputs = [attend(normed, self._weights, self._config, self._rotary) for normed in inputs]
-        yield from self._quantize_linears(_ATTENTION_OUTPUT, inputs)
-        self._add_projected(states, inputs, _ATTENTION_OUTPUT[0])
-        inputs = [self._normed(state, self._weights.post_attention_norm) for state in states]
-        yield from self._quantize_linears(_MLP_INPUTS, inputs)
-        inputs = [gate(normed, self._weights) for normed in inputs]
-        yield from self._quantize_linears(_MLP_OUTPUT, inputs)
-        self._add_projected(states, inputs, _MLP_OUTPUT[0])
+    def quantize(self, states: Tensor) -> Iterator[QuantizedPart]:
+        """Quantize the block; `states` (windows, t, d) turn into the block's output in place."""
+        yield from self._quantize_linears(_ATTENTION_INPUTS, states, self._attention_input)
+        contexts = self._map(self._attend, states)
+        yield from self._quantize_linears(_ATTENTION_OUTPUT, contexts)
+        self._add_projected(states, contexts, _ATTENTION_OUTPUT[0])
+        del contexts
+        yield from self._quantize_linears(_MLP_INPUTS, states, self._mlp_input)
+        gated = self._map(self._gate, states)
+        yield from self._quantize_linears(_MLP_OUTPUT, gated)
+        self._add_projected(states, gated, _MLP_OUTPUT[0])
 
-    def _normed(self, state: Tensor, norm: Tensor) -> Tensor:
-        return rms_norm(state, norm, self._config.rms_norm_eps)
+    def _attention_input(self, state: Tensor) -> Tensor:
+        return rms_norm(state, self._weights.input_norm, self._config.rms_norm_eps)
 
-    def _add_projected(self, states: list[Tensor], inputs: list[Tensor], part: str) -> None:
-        for index, batch in enumerate(inputs):
-            states[index] = states[index] + F.linear(batch, self._weights.linears[part])
+    def _mlp_input(self, state: Tensor) -> Tensor:
+        return rms_norm(state, self._weights.post_attention_norm, self._config.rms_norm_eps)
+
+    def _attend(self, state: Tensor) -> Tensor:
+        return attend(self._attention_input(state), self._weights, self._config, self._rotary)
+
+    def _gate(self, state: Tensor) -> Tensor:
+        return gate(self._mlp_input(state), self._weights)
+
+    def _map(self, function: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        """`function` over batches of windows, into one tensor.
+
+        One large tensor goes back to the system when it is freed; a list of middling ones
+        fragments the heap (2.7 GB instead of 0.9 GB at the end of a 135M model).
+        """
+        first = function(states[:BATCH_WINDOWS])
+        result = torch.empty(states.shape[0], *first.shape[1:])
+        result[:BATCH_WINDOWS] = first
+        for rows in _batches(states)[1:]:
+            result[rows] = function(states[rows])
+        return result
+
+    def _add_projected(self, states: Tensor, inputs: Tensor, part: str) -> None:
+        for rows in _batches(states):
+            states[rows] += F.linear(inputs[rows], self._weights.linears[part])
 
     def _quantize_linears(
-        self, parts: tuple[str, ...], inputs: list[Tensor]
+        self,
+        parts: tuple[str, ...],
+        states: Tensor,
+        to_input: Callable[[Tensor], Tensor] = lambda state: state,
     ) -> Iterator[QuantizedPart]:
-        """Quantize linears that share their input: stacked, on the hessian of that input."""
-        hessian = Hessian(inputs[0].shape[-1])
-        for batch in inputs:
-            hessian.add(batch)
+        """Quantize linears that share their input, stacked, on the hessian of that input."""
+        hessian = Hessian(states.shape[-1])
+        for rows in _batches(states):
+            hessian.add(to_input(states[rows]))
         gram = hessian.value
         weights = [self._weights.linears[part] for part in parts]
         try:
             stacked = quantize_gptq(torch.cat(weights), gram, self._options)
-        except CalibrationError as error:
-            raise CalibrationError(f"{self._prefix}.{parts[0]}: {error}") from error
+        except (CalibrationError, UnsupportedModel) as error:
+            raise type(error)(f"{self._prefix}.{parts[0]}: {error}") from error
         start = 0
         for part, weight in zip(parts, weights, strict=True):
             linear = stacked.output_slice(start, start + weight.shape[0])
@@ -152,3 +172,7 @@ class _Block:
             self._weights.linears[part] = torch.from_numpy(linear.dequantize())
             loss = relative_error(weight, linear, gram)
             yield QuantizedPart(f"{self._prefix}.{part}", linear, loss)
+
+
+def _batches(states: Tensor) -> list[slice]:
+    return [slice(i, i + BATCH_WINDOWS) for i in range(0, states.shape[0], BATCH_WINDOWS)]

@@ -77,7 +77,7 @@ class CheckpointWriter:
         """Take one quantized linear; shards are written as they fill."""
         self._errors[part.name] = part.relative_error
         for name, values in packed_tensors(part.name, part.linear, self._form).items():
-            self._put(name, torch.from_numpy(values))
+            self._put(name, torch.tensor(values))  # copies: parts may share arrays
 
     def _put(self, name: str, tensor: Tensor) -> None:
         self._tensors[name] = tensor

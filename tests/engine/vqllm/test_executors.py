@@ -1,0 +1,177 @@
+"""ONNX Runtime against the torch reference, and the reference against transformers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqllm.api import AutoQuantizer
+from vqllm.calibration import CalibrationConfig
+from vqllm.checkpoint import Checkpoint
+from vqllm.errors import ExecutorUnavailable, UnsupportedModel
+from vqllm.export.onnx_graph import GraphOptions
+from vqllm.quantization.base import GroupedLinear, GroupedSpec
+from vqllm.runtime.executors import onnx as onnx_module
+from vqllm.runtime.executors.onnx import OnnxExecutor, check_onnxruntime_distribution
+from vqllm.runtime.executors.torch import TorchExecutor
+from vqllm.runtime.loading import load
+
+MakeFolder = Callable[..., Path]
+
+EXACT = GraphOptions(accuracy_level=0, head="float32")
+TOKENS = np.random.default_rng(3).integers(0, 258, 60).tolist()
+TOLERANCE = 2e-4
+
+
+def quantized(folder: Path, target: Path, bits: int = 4, group_size: int = 32) -> Checkpoint:
+    quantizer = AutoQuantizer.from_pretrained(folder)
+    text = CalibrationConfig(num_windows=4, window_length=64)
+    quantizer.quantize(bits, group_size, text)
+    return Checkpoint(quantizer.save_pretrained(target))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_reference_computes_what_transformers_computes(tiny_folder: Path) -> None:
+    # From its own module: the package root imports every model, for half a minute.
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0].numpy()
+    found = TorchExecutor(Checkpoint(tiny_folder), 128, 1).score(TOKENS)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_exact_onnx_equals_the_reference(tiny_folder: Path, tmp_path: Path, bits: int) -> None:
+    checkpoint = quantized(tiny_folder, tmp_path / "q", bits)
+    expected = TorchExecutor(checkpoint, 128, 1).score(TOKENS)
+    found = OnnxExecutor(checkpoint, 128, 1, 1, EXACT).score(TOKENS)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_groups_that_do_not_divide_the_width_are_padded(tiny_folder: Path, tmp_path: Path) -> None:
+    checkpoint = quantized(tiny_folder, tmp_path / "q", group_size=128)
+    expected = TorchExecutor(checkpoint, 128, 1).score(TOKENS)
+    found = OnnxExecutor(checkpoint, 128, 1, 1, EXACT).score(TOKENS)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_an_unquantized_folder_runs_too(tiny_folder: Path) -> None:
+    checkpoint = Checkpoint(tiny_folder)
+    expected = TorchExecutor(checkpoint, 128, 1).score(TOKENS)
+    found = OnnxExecutor(checkpoint, 128, 1, 1, EXACT).score(TOKENS)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_int8_activations_and_head_keep_the_predictions(tiny_folder: Path, tmp_path: Path) -> None:
+    checkpoint = quantized(tiny_folder, tmp_path / "q")
+    expected = torch.from_numpy(TorchExecutor(checkpoint, 128, 1).score(TOKENS))
+    found = torch.from_numpy(OnnxExecutor(checkpoint, 128, 1, 1).score(TOKENS))
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert divergence < 0.02
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch"])
+def test_a_batch_decodes_as_its_members_do_alone(
+    tiny_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_module, "PREFILL_CHUNK", 16)  # prompts of several chunks
+    checkpoint = Checkpoint(tiny_folder)
+    executor = (
+        OnnxExecutor(checkpoint, 128, 3, 1, EXACT)
+        if name == "onnx"
+        else TorchExecutor(checkpoint, 128, 3)
+    )
+    expected = executor.score(TOKENS)
+    caches = [executor.allocate() for _ in range(3)]
+    lengths = [20, 45, 7]
+    for cache, length in zip(caches, lengths, strict=True):
+        logits = executor.prefill(cache, TOKENS[:length])
+        np.testing.assert_allclose(logits, expected[length - 1], atol=TOLERANCE)
+    logits = executor.decode(caches, [TOKENS[length] for length in lengths])
+    np.testing.assert_allclose(logits, expected[lengths], atol=TOLERANCE)
+    # The first leaves: its row is filled by the last; the others go on, in another order.
+    executor.free(caches[0])
+    logits = executor.decode([caches[2], caches[1]], [TOKENS[8], TOKENS[46]])
+    np.testing.assert_allclose(logits, expected[[8, 46]], atol=TOLERANCE)
+    # A newcomer takes the freed place and sees nothing of its predecessor.
+    cache = executor.allocate()
+    np.testing.assert_allclose(executor.prefill(cache, TOKENS[:9]), expected[8], atol=TOLERANCE)
+    logits = executor.decode([caches[1]], [TOKENS[47]])
+    np.testing.assert_allclose(logits, expected[[47]], atol=TOLERANCE)
+
+
+def test_the_graph_is_made_once(tiny_folder: Path) -> None:
+    OnnxExecutor(Checkpoint(tiny_folder), 128, 1, 1)
+    made = list((tiny_folder / "onnx").rglob("model.onnx"))
+    assert len(made) == 1
+    before = made[0].stat().st_mtime_ns
+    OnnxExecutor(Checkpoint(tiny_folder), 128, 1, 1)
+    assert made[0].stat().st_mtime_ns == before
+
+
+def test_providers_are_those_of_the_session(tiny_folder: Path) -> None:
+    executor = OnnxExecutor(Checkpoint(tiny_folder), 128, 1, 1)
+    assert "CPUExecutionProvider" in executor.providers
+
+
+def test_permuted_groups_are_refused_by_onnx_and_run_by_torch(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = quantized(tiny_folder, tmp_path / "q")
+    linear = checkpoint.linear("model.layers.0.mlp.up_proj")
+    assert isinstance(linear, GroupedLinear)
+    permuted = GroupedLinear(
+        linear.codes, linear.scales, linear.zeros, linear.group_index[::-1].copy(), linear.spec
+    )
+    monkeypatch.setattr(Checkpoint, "linear", lambda self, name: permuted)
+    with pytest.raises(UnsupportedModel, match="groups are permuted"):
+        onnx_module._export_into(tmp_path, "key", checkpoint, EXACT)
+    assert permuted.dequantize().shape == (160, 64)
+
+
+def test_int8_head_rounds_within_half_a_step() -> None:
+    from vqllm.export.onnx_graph import quantize_rows_int8
+
+    weight = np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32)
+    head = quantize_rows_int8(weight)
+    assert head.spec == GroupedSpec(8, 32)
+    steps = np.repeat(head.scales.T.astype(np.float32), 32, axis=1)
+    assert (np.abs(head.dequantize() - weight) <= 0.51 * steps).all()
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        (("onnxruntime", "onnxruntime-gpu"), "both installed"),
+        ((), "not installed"),
+    ],
+)
+def test_wrong_distributions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], message: str
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ExecutorUnavailable, match=message):
+        check_onnxruntime_distribution()
+
+
+def test_one_distribution_is_named() -> None:
+    assert check_onnxruntime_distribution() in ("onnxruntime", "onnxruntime-gpu")
+
+
+def test_an_unknown_executor_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ExecutorUnavailable, match="'tpu'; known: onnx, torch"):
+        load(tiny_folder, executor="tpu")
