@@ -140,6 +140,18 @@ def test_float32_agrees_with_float64_and_keeps_its_dtype() -> None:
     assert narrow_latents.grad.dtype == torch.float32
 
 
+def test_batches_beyond_one_chunk_are_solved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, codebook = random_problem(25, 12, 4, seed=9)
+    whole_codebook, codebook = codebook.clone().requires_grad_(), codebook.requires_grad_()
+    whole = exact.solve(latents, whole_codebook, SolverConfig())
+    monkeypatch.setattr(exact, "CHUNK_LATENTS", 7)
+    chunked = exact.solve(latents, codebook, SolverConfig())
+    torch.testing.assert_close(chunked.assignment, whole.assignment)
+    assert torch.equal(chunked.iterations, whole.iterations)
+    torch.autograd.backward([whole.assignment.square().sum(), chunked.assignment.square().sum()])
+    torch.testing.assert_close(codebook.grad, whole_codebook.grad)
+
+
 def test_lam_zero_reproduces_latents_inside_the_hull() -> None:
     _, codebook = random_problem(1, 40, 3, seed=7)
     weights = torch.rand(10, 40, dtype=torch.float64).softmax(1)
