@@ -92,7 +92,7 @@ def solve(latents: Tensor, codebook: Tensor, config: SolverConfig) -> SolveResul
     check_problem(latents, codebook)
     parts = [
         _ExactAssignment.apply(chunk, codebook, config)  # type: ignore[no-untyped-call]
-        for chunk in latents.split(CHUNK_LATENTS)
+        for chunk in torch.split(latents, CHUNK_LATENTS)
     ]
     assignment, iterations, residual, fallbacks = (
         torch.cat(part) for part in zip(*parts, strict=True)
