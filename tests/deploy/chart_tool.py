@@ -1,8 +1,8 @@
 """Runs inside the tools venv: renders, lints and validates the chart; answers in JSON.
 
-Usage: python chart_tool.py CHART_FOLDER < request.json. The request holds `values`, and `versions`
-of Kubernetes to validate against; the answer holds `objects`, `notes`, `lint` and `invalid`, or
-`error`.
+Usage: python chart_tool.py CHART_FOLDER. Each line of standard input is a JSON request, each line of
+standard output its answer. A request holds `values`, and `versions` of Kubernetes to validate
+against; an answer holds `objects`, `notes`, `lint` and `invalid`, or `error`.
 """
 
 from __future__ import annotations
@@ -58,4 +58,5 @@ def answer(chart_folder: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(answer(sys.argv[1], json.load(sys.stdin)), sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps(answer(sys.argv[1], json.loads(line))), flush=True)

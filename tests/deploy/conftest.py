@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +31,32 @@ def tools_bin() -> Path:
 
 
 @pytest.fixture(scope="session")
-def render(tools_bin: Path) -> Render:
-    """Render the chart: `render(values, versions=[...])` gives the answer of chart_tool.py."""
+def render(tools_bin: Path) -> Iterator[Render]:
+    """Render the chart: `render(values, versions)` gives the answer of chart_tool.py."""
     tool = Path(__file__).with_name("chart_tool.py")
-    answers: dict[str, str] = {}
+    # One process for all requests: loading Helm's engine takes half a second.
+    with subprocess.Popen(
+        [str(tools_bin / "python"), str(tool), str(ROOT / "deploy/helm/vqstack")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
 
-    def ask(request: str) -> str:
-        done = subprocess.run(
-            [str(tools_bin / "python"), str(tool), str(ROOT / "deploy/helm/vqstack")],
-            input=request,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+        def ask(
+            values: dict[str, Any] | None = None, versions: tuple[str, ...] = ()
+        ) -> dict[str, Any]:
+            requests.write(json.dumps({"values": values or {}, "versions": versions}) + "\n")
+            requests.flush()
+            line = answers.readline()
+            assert line, "chart_tool.py ended; its standard error says why"
+            answer: dict[str, Any] = json.loads(line)
+            return answer
 
-    def run(values: dict[str, Any] | None = None, versions: tuple[str, ...] = ()) -> dict[str, Any]:
-        request = json.dumps({"values": values or {}, "versions": versions})
-        if request not in answers:
-            answers[request] = ask(request)
-        answer: dict[str, Any] = json.loads(answers[request])
-        return answer
-
-    return run
+        yield ask
+        requests.close()
 
 
 @pytest.fixture(scope="session")

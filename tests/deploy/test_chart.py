@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from vqllm.cli import app
 from vqserve.common.config import ServiceSettings
 from vqserve.generation.config import GenerationSettings
 from vqserve.tokenizer.config import TokenizerSettings
@@ -226,6 +229,14 @@ def test_prepared_model_is_the_one_that_is_served(objects: Objects) -> None:
     (prepare,) = pod_spec(objects, "llmd")["initContainers"]
     assert "vqllm quantize" in prepare["args"][0]
     assert prepare["args"][1] == env_of(service_container(objects, "llmd"))["VQSERVE_MODEL"]
+
+
+def test_model_is_prepared_with_options_that_vqllm_has(objects: Objects) -> None:
+    (prepare,) = pod_spec(objects, "llmd")["initContainers"]
+    used = set(re.findall(r"--[a-z-]+", prepare["args"][0]))
+    quantize = get_command(app).commands["quantize"]  # type: ignore[attr-defined]
+    assert used
+    assert used <= {option for param in quantize.params for option in param.opts}
 
 
 def test_large_numbers_stay_integers(render: Render) -> None:

@@ -2,7 +2,7 @@
 
 Its command and environment become a local process; the probes are asked with their own paths,
 ports and thresholds; then the pod is deleted: SIGTERM, and the process must be gone by itself
-before the grace period ends.
+before the grace period ends. llmd runs over the fake executor, which needs no model.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ def free_port() -> int:
         return port
 
 
-def rendered_pod(render: Render) -> dict[str, Any]:
-    """tokenizerd's pod on free ports, with the smallest model."""
-    values = {
-        "tokenizerd": {
-            "ports": {"grpc": free_port(), "http": free_port()},
-            "settings": {"models": "sign32"},
-        }
+# What a pod of each component runs here, in place of the module that its container starts.
+MODULES = {"tokenizerd": "vqserve.tokenizer", "llmd": "vqserve.generation.testing"}
+
+
+def rendered_pod(render: Render, component: str, folder: Path) -> dict[str, Any]:
+    """A component's pod on free ports, with its smallest model; `folder` stands for a model."""
+    own: dict[str, dict[str, Any]] = {
+        "tokenizerd": {"settings": {"models": "sign32"}},
+        "llmd": {"model": {"path": str(folder)}},
     }
-    objects = render(values)["objects"]
+    ports = {"grpc": free_port(), "http": free_port()}
+    objects = render({component: {"ports": ports, **own[component]}})["objects"]
     (pod,) = (
         item["spec"]["template"]["spec"]
         for item in objects
-        if item["kind"] == "Deployment" and item["metadata"]["name"].endswith("tokenizerd")
+        if item["kind"] == "Deployment" and item["metadata"]["name"].endswith(component)
     )
     spec: dict[str, Any] = pod
     return spec
@@ -53,12 +56,10 @@ def rendered_pod(render: Render) -> dict[str, Any]:
 @contextmanager
 def running(container: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The container's command as a process, with the container's environment."""
-    program, *arguments = container["command"]
-    assert program == "python"
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, "-m", MODULES[container["name"]]],
             env={**os.environ, **environment},
             cwd=log.parent,
             stdout=sink,
@@ -93,8 +94,11 @@ def wait_started(container: dict[str, Any], process: subprocess.Popen[bytes], lo
         time.sleep(probe["periodSeconds"] / 10)
 
 
-def test_rendered_pod_starts_answers_its_probes_and_stops(render: Render, tmp_path: Path) -> None:
-    pod = rendered_pod(render)
+@pytest.mark.parametrize("component", MODULES)
+def test_rendered_pod_starts_answers_its_probes_and_stops(
+    render: Render, tmp_path: Path, component: str
+) -> None:
+    pod = rendered_pod(render, component, tmp_path)
     (container,) = pod["containers"]
     log = tmp_path / "pod.log"
     with running(container, log) as process:
@@ -108,6 +112,6 @@ def test_rendered_pod_starts_answers_its_probes_and_stops(render: Render, tmp_pa
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
-def test_probes_fail_where_nothing_listens(render: Render, probe: str) -> None:
-    (container,) = rendered_pod(render)["containers"]
+def test_probes_fail_where_nothing_listens(render: Render, tmp_path: Path, probe: str) -> None:
+    (container,) = rendered_pod(render, "tokenizerd", tmp_path)["containers"]
     assert not passes(container, container[probe])
