@@ -122,6 +122,8 @@ def run(
     overrides = Overrides(rate, duration, max_requests, arrivals, seed, model, slo_ms, slo_ttft_ms)
     addresses = Addresses(tokenizer_address, llm_address, llm_http_address)
     try:
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
         planned = [overrides.applied_to(item) for item in _planned(scenarios or [], driver)]
         targets = [addresses.of(scenario.driver) for scenario in planned]
         results = [_run_one(*pair) for pair in zip(planned, targets, strict=True)]

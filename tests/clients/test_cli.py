@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -17,6 +18,17 @@ from vqclient.testing import FakeGenerationService, FakeTokenizerService, refusa
 TIMEOUT = 60
 
 
+def long_video(path: Path) -> None:
+    """A clip of ten seconds."""
+    av = pytest.importorskip("av", reason="needs PyAV: pip install 'vqclient[video]'")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(300):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+
+
 @dataclass(frozen=True)
 class Finished:
     """How the process ended and what it wrote."""
@@ -26,6 +38,7 @@ class Finished:
     err: str
 
 
+Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 Run = Callable[..., Awaitable[Finished]]
 
 
@@ -40,31 +53,38 @@ def generation() -> FakeGenerationService:
 
 
 @pytest.fixture
-async def run(
+async def start(
     tokenizer: FakeTokenizerService, generation: FakeGenerationService, tmp_path: Path
-) -> AsyncIterator[Run]:
-    """Runs vqclient in `tmp_path` against the fakes."""
+) -> AsyncIterator[Start]:
+    """Starts vqclient in `tmp_path` against the fakes."""
     async with serve(tokenizer, generation) as address:
         addresses = {"VQCLIENT_TOKENIZER_ADDRESS": address, "VQCLIENT_LLM_ADDRESS": address}
         environment = os.environ | addresses | {"COLUMNS": "120", "NO_COLOR": "1"}
 
-        async def run_vqclient(*arguments: str, stdin: str = "") -> Finished:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "vqclient",
-                *arguments,
+        async def start_vqclient(*arguments: str) -> asyncio.subprocess.Process:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "vqclient", *arguments),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 cwd=tmp_path,
                 env=environment,
             )
-            async with asyncio.timeout(TIMEOUT):
-                out, err = await process.communicate(stdin.encode())
-            return Finished(process.returncode or 0, out.decode(), err.decode())
 
-        yield run_vqclient
+        yield start_vqclient
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    """Runs vqclient to its end."""
+
+    async def run_vqclient(*arguments: str, stdin: str = "") -> Finished:
+        process = await start(*arguments)
+        async with asyncio.timeout(TIMEOUT):
+            out, err = await process.communicate(stdin.encode())
+        return Finished(process.returncode or 0, out.decode(), err.decode())
+
+    return run_vqclient
 
 
 async def test_encode_then_decode_gives_the_file_back(run: Run, tmp_path: Path) -> None:
@@ -142,18 +162,56 @@ async def test_a_failed_turn_does_not_end_the_conversation(
 
 
 async def test_stream_reports_rate_latency_and_drops(run: Run, tmp_path: Path) -> None:
-    av = pytest.importorskip("av", reason="needs PyAV: pip install 'vqclient[video]'")
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(10):
-            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
-        container.mux(stream.encode())
+    long_video(tmp_path / "clip.mp4")
     shown = await run("stream", "clip.mp4", "--no-paced", "--max-frames", "6", "--size", "32x32")
     assert shown.code == 0, shown.err
     assert "frames answered │ 6 in" in shown.out
     assert "0.0938 bpp" in shown.out
     assert "0 before sending, 0 by age" in shown.out
+
+
+async def test_stream_whose_every_frame_fails_exits_2(
+    run: Run, tokenizer: FakeTokenizerService, tmp_path: Path
+) -> None:
+    long_video(tmp_path / "clip.mp4")
+    tokenizer.bad_seqs = {0, 1}
+    shown = await run("stream", "clip.mp4", "--no-paced", "--max-frames", "2")
+    assert shown.code == 2
+    assert "every frame failed; the last: CORRUPT_CODES: told to fail" in shown.err
+
+
+async def interrupt(process: asyncio.subprocess.Process, is_running: Callable[[], bool]) -> None:
+    """Ctrl-C once the service has seen the process's call."""
+    async with asyncio.timeout(TIMEOUT):
+        while not is_running():
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+
+
+async def test_ctrl_c_ends_a_stream_with_its_summary(
+    tokenizer: FakeTokenizerService, start: Start, tmp_path: Path
+) -> None:
+    long_video(tmp_path / "clip.mp4")
+    process = await start("stream", "clip.mp4")
+    await interrupt(process, lambda: tokenizer.num_answered > 3)
+    out, err = await process.communicate()
+    assert process.returncode == 130
+    assert "frames answered" in out.decode()
+    assert err == b""
+
+
+async def test_ctrl_c_frees_the_servers_sequence(
+    generation: FakeGenerationService, start: Start
+) -> None:
+    generation.words, generation.calls.delay = ("word ",) * 10_000, 0.01
+    process = await start("chat", "go on", "--max-tokens", "10000")
+    await interrupt(process, lambda: bool(generation.requests))
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (130, b"")
+    async with asyncio.timeout(TIMEOUT):
+        while not generation.calls.num_cancelled:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.bad_seqs: set[int] = set()
         self.dropped_seqs: set[int] = set()
         self.max_unanswered = 0
+        self.num_answered = 0
         self._num_unanswered = 0
         self.top_k = 0
         self._images: dict[bytes, bytes] = {}
@@ -145,6 +146,7 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
                     continue
                 result = self._answer(frame, config.operation)
                 result.dropped_before, num_dropped = num_dropped, 0
+                self.num_answered += 1
                 yield tokenizer_pb2.StreamFramesResponse(result=result)
         finally:
             receiver.cancel()

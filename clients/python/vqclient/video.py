@@ -6,6 +6,7 @@ Knows video files and clocks; knows no service.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class VideoReader:
         self._frames = self._sampled(self._container.decode(stream))
         self._encoder: av.VideoCodecContext | None = None
         self._num_encoded = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -89,19 +92,26 @@ class VideoReader:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._container.close()
+        # A reading thread that nobody awaits any more may still be at work after Ctrl-C.
+        with self._lock:
+            self._is_closed = True
+            self._container.close()
 
     def read(self, num_skipped: int = 0) -> bytes | None:
         """The next frame as an image file after leaving out `num_skipped`; None at the end."""
+        with self._lock:
+            frame = None if self._is_closed else self._next_frame(num_skipped)
+            return None if frame is None else self._encode(frame)
+
+    def _next_frame(self, num_skipped: int) -> av.VideoFrame | None:
         import av
 
         try:
             for _ in range(num_skipped):
                 next(self._frames, None)
-            frame = next(self._frames, None)
+            return next(self._frames, None)
         except av.error.FFmpegError as error:
             raise VideoError(f"{self._path} is damaged: {error.strerror}") from error
-        return None if frame is None else self._encode(frame)
 
     def _sampled(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         """Every frame that is due at `rate`, by its presentation time."""

@@ -60,6 +60,7 @@ class ChatCompletionsDriver(Driver):
             "messages": [{"role": "user", "content": self.workload.prompt(index)}],
             "max_tokens": self.workload.max_tokens,
             "temperature": 0,
+            "ignore_eos": True,  # An extension of llmd, as of other servers: equal lengths.
             "stream": True,
             "stream_options": {"include_usage": True},
         }

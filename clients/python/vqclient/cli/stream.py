@@ -91,12 +91,15 @@ async def stream(
         raise CliError("a video holds pictures, not codes; stream can encode or recognize it")
     chosen_size = None if size is None else parse_size(size)
     options = VideoOptions(fps=fps, size=chosen_size, format=frame_format)
+    figures = StreamFigures()
     with VideoReader(video, options) as reader:
         frames = LiveFrames(reader, paced=paced, max_frames=max_frames)
         async with connections(context).tokenizer(tokenizer_address) as client:
             results = _results(client, frames, model, operation, max_age_ms)
-            figures = await _show(results, frames)
-    console.print(_summary(figures, frames))
+            try:
+                await _show(results, figures, frames)
+            finally:  # Also when stopped by Ctrl-C, or by a server that goes away.
+                _print_summary(figures, frames)
     if figures.num_failed and not figures.frames:
         raise CliError(f"every frame failed; the last: {figures.last_error}")
 
@@ -108,16 +111,17 @@ def _results(
     return client.stream_frames(frames, model=model, operation=operation, options=options)
 
 
-async def _show(results: AsyncIterator[FrameResult], frames: LiveFrames) -> StreamFigures:
+async def _show(
+    results: AsyncIterator[FrameResult], figures: StreamFigures, frames: LiveFrames
+) -> None:
     """Read every result; on a terminal, keep one line of figures up to date."""
-    figures, shown_at = StreamFigures(), 0.0
+    shown_at = 0.0
     with Live(console=console, auto_refresh=False, transient=True) as live:
         async for result in results:
             figures.add(result)
             if console.is_terminal and time.perf_counter() - shown_at > _REFRESH_SECONDS:
                 live.update(Text(_line(figures, frames)), refresh=True)
                 shown_at = time.perf_counter()
-    return figures
 
 
 def _line(figures: StreamFigures, frames: LiveFrames) -> str:
@@ -130,7 +134,9 @@ def _line(figures: StreamFigures, frames: LiveFrames) -> str:
     )
 
 
-def _summary(figures: StreamFigures, frames: LiveFrames) -> Table:
+def _print_summary(figures: StreamFigures, frames: LiveFrames) -> None:
+    if not figures.frames:
+        return
     table = Table("figure", "value")
     rows = {
         "frames answered": f"{figures.frames} in {figures.seconds:.1f} s "
@@ -147,4 +153,4 @@ def _summary(figures: StreamFigures, frames: LiveFrames) -> Table:
         table.add_row(name, value)
     if figures.last_label:
         table.add_row("last label", figures.last_label)
-    return table
+    console.print(table)
