@@ -1,7 +1,7 @@
 """Runs inside the tools venv: renders, lints and validates the chart; answers in JSON.
 
-Usage: python chart_tool.py CHART_FOLDER. Each line of standard input is a JSON request, each line of
-standard output its answer. A request holds `values`, and `versions` of Kubernetes to validate
+Usage: python chart_tool.py CHART_FOLDER. Each line of standard input is a JSON request, each line
+of standard output its answer. A request holds `values`, and `versions` of Kubernetes to validate
 against; an answer holds `objects`, `notes`, `lint` and `invalid`, or `error`.
 """
 
