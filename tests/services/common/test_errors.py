@@ -59,15 +59,6 @@ def test_both_forms_carry_the_same_facts(error_type: type[ServiceError]) -> None
     assert response.status_code == error_type.http_status
 
 
-def test_a_reason_has_one_code_and_one_status() -> None:
-    answers: dict[str, set[tuple[grpc.StatusCode, int]]] = {}
-    for error_type in error_types():
-        answer = (error_type.grpc_code, error_type.http_status)
-        answers.setdefault(error_type.reason, set()).add(answer)
-    assert {reason for reason, given in answers.items() if len(given) > 1} == set()
-    assert len(answers) > 15
-
-
 def test_every_grpc_code_has_a_status() -> None:
     assert set(HTTP_STATUS) == set(grpc.StatusCode)
 
