@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -43,6 +43,8 @@ EXEMPT_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
 # A refused body is read and dropped up to this multiple of the limit, so that the client
 # gets to see the answer instead of a reset connection.
 DISCARD_FACTOR = 4
+# A client that trickles its body would hold its place for ever.
+BODY_SECONDS = 60
 WS_TRY_AGAIN_LATER = 1013
 WS_INTERNAL_ERROR = 1011
 
@@ -152,7 +154,7 @@ class RequestMiddleware:
         started = time.perf_counter()
         try:
             with self._runtime.state.request():
-                body = await _read_body(scope, receive, self._runtime.settings.max_request_bytes)
+                body = await self._body(scope, receive)
                 await _run_cancellable(self._app, scope, _Replay(body, receive), exchange)
         except Exception as error:
             failure = self._failure(error, record)
@@ -160,6 +162,15 @@ class RequestMiddleware:
                 await self._render(failure, record.request_id)(scope, receive, exchange.send)
         finally:
             self._finish(scope, record, str(exchange.status or 499), started)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await _read_body(scope, receive, self._runtime.settings.max_request_bytes)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"the request body did not arrive within {BODY_SECONDS} s; send it faster"
+            ) from error
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = _begin(scope, "websocket", "GET")
@@ -261,7 +272,7 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _chunks(receive: Receive) -> Any:
+async def _chunks(receive: Receive) -> AsyncGenerator[bytes, None]:
     more = True
     while more:
         message = await receive()

@@ -54,11 +54,25 @@ class ServiceSettings(BaseSettings):
     max_concurrent_requests: int = Field(
         default=64, ge=1, description="Requests admitted at once, waiting ones included"
     )
+    max_open_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Requests open at once, streams included; bounds the memory of their bodies",
+    )
+    max_connection_age_seconds: int = Field(
+        default=0,
+        ge=0,
+        description="gRPC connections are asked to reconnect after this, so that load balancers "
+        "see them anew; 0 never",
+    )
     drain_delay_seconds: float = Field(
         default=0.0, ge=0, description="Time between readiness off and refusing new requests"
     )
     drain_grace_seconds: float = Field(
         default=20.0, ge=0, description="Longest wait for running requests on shutdown"
+    )
+    build_commit: str = Field(
+        default="unknown", description="Commit of this build, for the build_info metric"
     )
     log_level: str = Field(default="info", description="debug, info, warning or error")
 

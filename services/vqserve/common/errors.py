@@ -7,6 +7,7 @@
      ├─ AlreadyExists        ALREADY_EXISTS       409
      ├─ FailedPrecondition   FAILED_PRECONDITION  400
      ├─ ResourceExhausted    RESOURCE_EXHAUSTED   429
+     │   ├─ TooManyRequests
      │   └─ PayloadTooLarge  RESOURCE_EXHAUSTED   413
      ├─ Cancelled            CANCELLED            499
      ├─ DeadlineExceeded     DEADLINE_EXCEEDED    504
@@ -126,6 +127,12 @@ class ResourceExhausted(ServiceError):
 
     grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
+
+
+class TooManyRequests(ResourceExhausted):
+    """More requests are open than the server has room for, whatever they want."""
+
+    reason = "TOO_MANY_REQUESTS"
 
 
 class PayloadTooLarge(ResourceExhausted):

@@ -25,6 +25,7 @@ from vqserve.common.errors import (
     NotReady,
     PayloadTooLarge,
     ServiceError,
+    TooManyRequests,
     to_status,
 )
 from vqserve.common.logging import RequestRecord, begin_request, log_request, request_id_from
@@ -155,6 +156,7 @@ _REFUSALS: dict[type[ServiceError], str] = {
     Draining: "draining",
     NotReady: "not_ready",
     PayloadTooLarge: "too_large",
+    TooManyRequests: "queue_full",
 }
 
 _HANDLER_FACTORIES: dict[str, Callable[..., Any]] = {

@@ -167,7 +167,12 @@ class ServiceHost:
         runtime = self._runtime
         interceptor = RequestInterceptor(runtime.metrics, runtime.state.request)
         server = grpc.aio.server(
-            interceptors=(interceptor,), options=_grpc_options(runtime.settings.max_request_bytes)
+            interceptors=(interceptor,),
+            options=_grpc_options(
+                runtime.settings.max_request_bytes, runtime.settings.max_connection_age_seconds
+            ),
+            # The polite refusal is the state's; this one is for floods, before bodies are read.
+            maximum_concurrent_rpcs=2 * runtime.settings.max_open_requests,
         )
         for service in self._app.grpc_services:
             service.register(server)
@@ -184,7 +189,9 @@ class ServiceHost:
             return None
         # Admin calls are answered while draining and are not counted as the service's work.
         interceptor = RequestInterceptor(self._runtime.metrics, nullcontext)
-        server = grpc.aio.server(interceptors=(interceptor,), options=_grpc_options(ENVELOPE_BYTES))
+        server = grpc.aio.server(
+            interceptors=(interceptor,), options=_grpc_options(ENVELOPE_BYTES, 0)
+        )
         self._closers.push_async_callback(server.stop, CLOSE_GRACE_SECONDS)
         servicer = AdminServicer(self._runtime, self._app.models)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
@@ -326,8 +333,8 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
         ) from error
 
 
-def _grpc_options(max_request_bytes: int) -> list[tuple[str, int]]:
-    return [
+def _grpc_options(max_request_bytes: int, max_age_seconds: int) -> list[tuple[str, int]]:
+    options = [
         ("grpc.max_receive_message_length", max_request_bytes + ENVELOPE_BYTES),
         ("grpc.max_send_message_length", -1),
         # Two servers on one port would share its connections silently.
@@ -335,3 +342,6 @@ def _grpc_options(max_request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
+    if max_age_seconds:
+        options.append(("grpc.max_connection_age_ms", 1000 * max_age_seconds))
+    return options

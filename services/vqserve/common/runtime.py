@@ -24,7 +24,8 @@ class Runtime:
     def create(cls, name: str, settings: ServiceSettings) -> Runtime:
         """A fresh runtime for the service called `name` (tokenizerd or llmd)."""
         release = distribution_version()
-        return cls(name, release, settings, ServiceState(), ServerMetrics(name, release))
+        metrics = ServerMetrics(name, release, settings.build_commit)
+        return cls(name, release, settings, ServiceState(settings.max_open_requests), metrics)
 
 
 def distribution_version() -> str:

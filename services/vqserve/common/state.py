@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vqserve.common.errors import Draining, NotReady
+from vqserve.common.errors import Draining, NotReady, TooManyRequests
 
 
 class Phase(enum.Enum):
@@ -27,7 +28,8 @@ class Phase(enum.Enum):
 class ServiceState:
     """Phase, in-flight requests and the wish to drain. Used from the event loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_open_requests: int = sys.maxsize) -> None:
+        self._max_open_requests = max_open_requests
         self.phase = Phase.STARTING
         self.requests_in_flight = 0
         self.drain_requested = asyncio.Event()
@@ -75,7 +77,7 @@ class ServiceState:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count one request; raises NotReady or Draining when new ones are not accepted."""
+        """Count one request; raises NotReady, Draining or TooManyRequests instead."""
         self._check_accepting()
         self.requests_in_flight += 1
         self._idle.clear()
@@ -101,4 +103,10 @@ class ServiceState:
         if self.phase is Phase.DRAINING:
             raise Draining(
                 "this server is shutting down; retry on another one", retry_after_seconds=1
+            )
+        if self.requests_in_flight >= self._max_open_requests:
+            raise TooManyRequests(
+                f"{self.requests_in_flight} requests are open, the limit is "
+                f"{self._max_open_requests}; retry later",
+                retry_after_seconds=1,
             )

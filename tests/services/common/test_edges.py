@@ -217,6 +217,22 @@ async def test_every_http_failure_has_the_same_shape(
     assert failure.request_id == response.headers["x-request-id"]
 
 
+async def test_a_body_that_does_not_arrive_gives_its_place_back(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vqserve.common.asgi.BODY_SECONDS", 0.1)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(1)
+        yield b"}"
+
+    async with httpx.AsyncClient() as client:
+        response = await client.post(f"{toy.url}/ask", content=trickle())
+    assert response.status_code == 504
+    assert toy.app.runtime.state.requests_in_flight == 0
+
+
 async def test_good_requests_pass_and_streams_arrive_whole(toy: Toy) -> None:
     async with httpx.AsyncClient() as client:
         answer = await client.post(f"{toy.url}/ask", json={"number": 41})

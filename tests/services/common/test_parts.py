@@ -13,7 +13,7 @@ import pytest
 from vqserve.common.admin import AdminLoadsDisabled, PathNotAllowed, confined_path
 from vqserve.common.admission import AdmissionGate
 from vqserve.common.config import ServiceSettings
-from vqserve.common.errors import Draining, NotReady, ResourceExhausted
+from vqserve.common.errors import Draining, NotReady, ResourceExhausted, TooManyRequests
 from vqserve.common.logging import (
     JsonFormatter,
     RequestRecord,
@@ -153,6 +153,17 @@ async def test_requests_are_refused_before_serving_and_while_draining() -> None:
         pass
     state.mark_draining()
     with pytest.raises(Draining), state.request():
+        pass
+
+
+async def test_open_requests_are_bounded() -> None:
+    state = ServiceState(max_open_requests=1)
+    state.mark_serving()
+    with state.request():
+        with pytest.raises(TooManyRequests, match="limit is 1"), state.request():
+            pass
+        assert state.requests_in_flight == 1
+    with state.request():
         pass
 
 
