@@ -122,7 +122,7 @@ def summarize(recording: Recording, span: float, objective: Objective) -> Summar
 
 def table_of(title: str, summary: Summary, objective: Objective) -> Group:
     """The report for a person; lines that do not apply are left out."""
-    table = Table("milliseconds", title=title, title_justify="left")
+    table = Table("milliseconds")
     for column in ("p50", "p90", "p99", "max"):
         table.add_column(column, justify="right")
     _add_percentiles(table, "latency", summary.latency)
@@ -132,7 +132,7 @@ def table_of(title: str, summary: Summary, objective: Objective) -> Group:
     lines = Table.grid(padding=(0, 2))
     for name, value in _lines(summary, objective):
         lines.add_row(name, value)
-    return Group(table, lines)
+    return Group("", title, table, lines)
 
 
 def _lines(summary: Summary, objective: Objective) -> list[tuple[str, str]]:

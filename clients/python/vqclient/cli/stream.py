@@ -20,6 +20,8 @@ from vqclient.types import FrameResult, ImageFormat, Operation, StreamOptions
 from vqclient.video import LiveFrames, VideoOptions, VideoReader, parse_size
 
 _REFRESH_SECONDS = 0.25
+# One frame at work and one on its way: more would only wait, and a camera's frames grow stale.
+_MAX_IN_FLIGHT = 2
 
 
 @dataclass
@@ -107,7 +109,7 @@ async def stream(
 def _results(
     client: TokenizerClient, frames: LiveFrames, model: str, operation: Operation, max_age_ms: int
 ) -> AsyncIterator[FrameResult]:
-    options = StreamOptions(max_age_ms=max_age_ms, top_k=1, max_in_flight=4)
+    options = StreamOptions(max_age_ms=max_age_ms, top_k=1, max_in_flight=_MAX_IN_FLIGHT)
     return client.stream_frames(frames, model=model, operation=operation, options=options)
 
 
