@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from scq.cli import app
 from scq.data import CropConfig
 from scq.images import read_image, write_png
+from scq.metrics import psnr_db
 from scq.model import ScqAutoencoder, save_model
 from scq.training import TrainConfig
 
@@ -63,6 +65,30 @@ def test_encode_then_decode_gives_a_png_of_the_original_size(
     decoded = scq("decode", codes, "-o", output, "--model", model_file)
     assert decoded.exit_code == 0, decoded.output
     assert read_image(output.read_bytes()).shape == (height, width, 3)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("size", "least_psnr_db"),
+    # The first shipped weights reach 30.4, 31.6, 20.6 and 37.1 dB.
+    [((960, 540), 28), ((3000, 2000), 28), ((17, 31), 17), ((1, 1), 17)],
+)
+def test_a_road_photograph_survives_the_shipped_model_at_its_size(
+    tmp_path: Path, size: tuple[int, int], least_psnr_db: float
+) -> None:
+    photo = Path(__file__).parents[4] / "shared/data/udacity/lanes_solidWhiteRight.jpg"
+    if not photo.exists():
+        pytest.skip(f"no {photo.name} in ../shared/data/udacity")
+    picture = Image.open(photo).convert("RGB")
+    original = np.asarray(picture.resize(size))
+    source, codes, output = (tmp_path / name for name in ("in.png", "out.scq", "out.png"))
+    source.write_bytes(write_png(original))
+    assert scq("encode", source, "-o", codes, "--model", "nav").exit_code == 0
+    assert scq("decode", codes, "-o", output).exit_code == 0
+    decoded = read_image(output.read_bytes())
+    assert decoded.shape == original.shape
+    assert codes.stat().st_size < 7600
+    assert psnr_db(original, decoded) > least_psnr_db
 
 
 def test_eval_prints_quality_codebook_use_and_bytes(model_file: Path, picture_file: Path) -> None:
