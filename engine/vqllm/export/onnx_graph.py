@@ -76,9 +76,15 @@ def export_onnx(
         num_positions: length of the rotary tables, at least the longest sequence to run.
 
     Raises:
-        UnsupportedModel: quantized groups that are not runs of neighbouring columns.
+        UnsupportedModel: quantized groups that are not runs of neighbouring columns, or a head
+            size that GroupQueryAttention does not take.
         CorruptCheckpoint: a tensor is missing, misshapen or not finite.
     """
+    head_dim = checkpoint.config.head_dim
+    if head_dim % 16:
+        raise UnsupportedModel(
+            f"head_dim is {head_dim}; GroupQueryAttention of ONNX Runtime takes multiples of 16"
+        )
     builder = _GraphBuilder(checkpoint, options, num_positions)
     onnx.save_model(
         builder.build(),

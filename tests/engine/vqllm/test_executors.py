@@ -40,7 +40,7 @@ def test_the_reference_computes_what_transformers_computes(tiny_folder: Path) ->
     # From its own module: the package root imports every model, for half a minute.
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with torch.inference_mode():
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
     found = TorchExecutor(Checkpoint(tiny_folder), 128, 1).score(TOKENS)
