@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vqllm import errors as engine_errors
-from vqllm.model_info import ModelInfo
 from vqllm.runtime.engine import StepOutput
 from vqllm.runtime.sequence import FinishReason
 from vqserve.common.errors import Internal, ResourceExhausted, ServiceError
@@ -18,6 +19,9 @@ from vqserve.generation.request import (
     TokenPrompt,
 )
 from vqstack.generation.v1 import generation_pb2
+
+if TYPE_CHECKING:
+    from vqserve.generation.models import ServedModel
 
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -95,20 +99,19 @@ def generate_response(
     return response
 
 
-def model_info(
-    name: str, info: ModelInfo, context_length: int, vocab_size: int, executor: str
-) -> generation_pb2.ModelInfo:
-    """The contract's description of a loaded model; `context_length` is the one being served."""
+def model_info(model: ServedModel) -> generation_pb2.ModelInfo:
+    """The contract's description of a model that is being served."""
+    info = model.info
     return generation_pb2.ModelInfo(
-        name=name,
-        architecture=info.architecture.removesuffix("ForCausalLM").lower(),
+        name=model.name,
+        architecture=model.architecture,
         method=info.method,
         bits=info.bits,
         bpw=info.bpw,
         group_size=info.group_size,
         model_hash=info.revision,
-        context_length=context_length,
+        context_length=model.context_length,
         num_parameters=info.num_parameters,
-        vocab_size=vocab_size,
-        executor=executor,
+        vocab_size=model.vocab_size,
+        executor=model.executor,
     )

@@ -135,8 +135,16 @@ class EngineDriver:
     the engine's thread unless they say otherwise.
     """
 
-    def __init__(self, engine: SteppingEngine, gate: AdmissionGate, metrics: ModelMetrics) -> None:
+    def __init__(
+        self,
+        engine: SteppingEngine,
+        gate: AdmissionGate,
+        metrics: ModelMetrics,
+        on_lost: Callable[[], None],
+    ) -> None:
+        """`on_lost` is called on the event loop if the engine has to be given up."""
         self._engine = engine
+        self._on_lost = on_lost
         self._gate = gate
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
@@ -309,6 +317,7 @@ class EngineDriver:
         with self._wake:
             self._is_stopping = True
             arrivals, self._arrivals = self._arrivals, []
+        self._tell(self._on_lost)
         for sequence in arrivals:
             self._refuse(sequence, _stopped())
         for sequence in list(self._sequences.values()):

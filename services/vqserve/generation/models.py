@@ -71,6 +71,11 @@ class ServedModel:
         return self.loaded.info
 
     @property
+    def architecture(self) -> str:
+        """Family name, for example `llama`."""
+        return self.info.architecture.removesuffix("ForCausalLM").lower()
+
+    @property
     def executor(self) -> str:
         return self.loaded.engine.executor.name
 
@@ -107,10 +112,9 @@ class ServedModel:
             raise translate(error, "token_ids") from error
 
     async def close(self) -> None:
-        """Abort what runs and end the model's threads."""
+        """Abort what runs and end the model's threads; safe to call twice."""
         await self.driver.close()
-        self._encoders.shutdown()
-        self.metrics.forget()
+        self._encoders.shutdown(wait=False)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         match prompt:
@@ -143,8 +147,15 @@ class ModelTable:
     """Loaded models by name. Used from the event loop only."""
 
     def __init__(
-        self, loader: Loader, admission: Admission, server: ServerMetrics, metrics: LlmMetrics
+        self,
+        loader: Loader,
+        admission: Admission,
+        server: ServerMetrics,
+        metrics: LlmMetrics,
+        on_engine_lost: Callable[[], None],
     ) -> None:
+        """`on_engine_lost` is called on the event loop when an engine had to be given up."""
+        self._on_engine_lost = on_engine_lost
         self._loader = loader
         self._admission = admission
         self._server = server
@@ -158,11 +169,6 @@ class ModelTable:
 
     def __len__(self) -> int:
         return len(self._models)
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether every model's engine takes requests."""
-        return all(model.driver.is_alive for model in self._models.values())
 
     def get(self, name: str) -> ServedModel:
         """The model of that name; the only one when the name is empty.
@@ -215,6 +221,7 @@ class ModelTable:
         del self._models[name]
         await model.driver.wait_idle()
         await model.close()
+        model.metrics.forget()
         _log.info("model unloaded", extra={"facts": {"model": name}})
 
     async def close(self) -> None:
@@ -236,7 +243,7 @@ class ModelTable:
         metrics = ModelMetrics(self._metrics, name)
         metrics.describe(loaded.info, loaded.engine.executor.name)
         gate = AdmissionGate(self._admission.admitted, self._admission.running, self._server)
-        driver = EngineDriver(loaded.engine, gate, metrics)
+        driver = EngineDriver(loaded.engine, gate, metrics, self._on_engine_lost)
         max_characters = _longest_token(loaded.tokenizer) * loaded.engine.context_length
         encoders = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         model = ServedModel(name, loaded, driver, metrics, max_characters, encoders)

@@ -122,7 +122,7 @@ def _describe(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": model.loaded_at,
         "owned_by": "vqstack",
-        "architecture": info.architecture,
+        "architecture": model.architecture,
         "quantization": {
             "method": info.method,
             "bits": info.bits,

@@ -10,7 +10,6 @@ import grpc.aio
 from vqserve.common.logging import annotate
 from vqserve.generation import convert
 from vqserve.generation.core import GenerationCore
-from vqserve.generation.models import ServedModel
 from vqstack.generation.v1 import generation_pb2, generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -47,17 +46,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def ListModels(
         self, request: generation_pb2.ListModelsRequest, context: Context
     ) -> generation_pb2.ListModelsResponse:
-        models = [_describe(model) for model in self._core.models]
+        models = [convert.model_info(model) for model in self._core.models]
         return generation_pb2.ListModelsResponse(models=models)
 
     async def GetModel(
         self, request: generation_pb2.GetModelRequest, context: Context
     ) -> generation_pb2.GetModelResponse:
         model = self._core.models.get(request.model)
-        return generation_pb2.GetModelResponse(model=_describe(model))
-
-
-def _describe(model: ServedModel) -> generation_pb2.ModelInfo:
-    return convert.model_info(
-        model.name, model.info, model.context_length, model.vocab_size, model.executor
-    )
+        return generation_pb2.GetModelResponse(model=convert.model_info(model))

@@ -2,8 +2,8 @@
 
 `python -m vqserve.generation.testing --model FOLDER` is llmd with the real engine, tokenizer and
 wiring over a fake executor, which answers with one sentence again and again. The folder's name
-decides how: `slow` takes 20 ms a step, `broken` fails in its third step, `corrupt` does not load,
-`plain` has no chat template, anything else is just fast.
+decides how: `slow` takes 20 ms a step, `broken` fails in its third step, `lost` then cannot even
+free its caches, `corrupt` does not load, `plain` has no chat template, anything else is just fast.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class FakeExecutor(Executor):
         self.max_num_sequences = 8
         self.num_steps = 0
         self.fails_at_step: int | None = None
+        self.can_free = True
         self._answer = answer
         self._step_seconds = step_seconds
         self._positions: dict[int, int] = {}
@@ -91,6 +92,8 @@ class FakeExecutor(Executor):
         return cache
 
     def free(self, cache: int) -> None:
+        if not self.can_free:
+            raise RuntimeError("the fake executor has lost its caches")
         del self._positions[cache]
 
     def prefill(self, cache: int, token_ids: Sequence[int]) -> Logits:
@@ -162,12 +165,13 @@ def _random_tensors() -> dict[str, NDArray[np.float32]]:
     return {f"{name}.weight": values.astype(np.float32) for name, values in tensors.items()}
 
 
-def fake_model(
-    settings: GenerationSettings, name: str = "fake", step_seconds: float = 0.0
-) -> FakeModel:
-    """A model that repeats ANSWER for ever."""
+def fake_model(settings: GenerationSettings, name: str) -> FakeModel:
+    """A model that repeats ANSWER for ever; `name` picks its pace and its faults."""
     tokenizer = byte_tokenizer(has_template=name != "plain")
+    step_seconds = 0.02 if name == "slow" else 0.0
     executor = FakeExecutor(tokenizer.encode(ANSWER), tokenizer.vocab_size, step_seconds)
+    executor.fails_at_step = 3 if name in ("broken", "lost") else None
+    executor.can_free = name != "lost"
     info = ModelInfo(name, "LlamaForCausalLM", "gptq", 4, 128, 4.16, 4.9, "0" * 16, 256, 1000)
     return FakeModel(Engine(executor, tokenizer, engine_config(settings)), tokenizer, info)
 
@@ -180,12 +184,7 @@ def fake_loader(settings: GenerationSettings) -> Loader:
             raise UnknownModel(f"{folder} is not a folder")
         if folder.name == "corrupt":
             raise CorruptCheckpoint(f"{folder}/model.safetensors: header is cut off")
-        model = fake_model(settings, folder.name, 0.02 if folder.name == "slow" else 0.0)
-        if folder.name == "broken":
-            executor = model.engine.executor
-            assert isinstance(executor, FakeExecutor)
-            executor.fails_at_step = 3
-        return model
+        return fake_model(settings, folder.name)
 
     return load
 

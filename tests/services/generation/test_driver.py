@@ -50,7 +50,11 @@ class World:
         self.engine = Engine(executor, byte_tokenizer(), config)
         gate = AdmissionGate(limit, running, ServerMetrics("llmd", "0"))
         metrics = ModelMetrics(LlmMetrics(self.registry), "fake")
-        self.driver = EngineDriver(self.engine, gate, metrics)
+        self.is_lost = False
+        self.driver = EngineDriver(self.engine, gate, metrics, self._lose)
+
+    def _lose(self) -> None:
+        self.is_lost = True
 
     async def submit(self, max_tokens: int = 8, prompt: Sequence[int] = (1, 2)) -> SequenceStream:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
@@ -170,18 +174,15 @@ async def test_a_failed_step_answers_everyone_and_the_engine_goes_on() -> None:
 
 async def test_an_engine_that_cannot_abort_is_given_up() -> None:
     async with world() as w:
-
-        def cannot_free(cache: int) -> None:
-            raise RuntimeError("caches are lost")
-
         w.executor.fails_at_step = 2
-        w.executor.free = cannot_free  # type: ignore[method-assign]
+        w.executor.can_free = False
         with pytest.raises(EngineFailed):
             await collect(await w.submit(max_tokens=50))
         with pytest.raises(EngineStopped):
             await w.submit()
         assert not w.driver.is_alive
         await w.driver.wait_idle()
+        assert w.is_lost
 
 
 async def test_closing_ends_open_streams_with_abort() -> None:

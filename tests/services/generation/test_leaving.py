@@ -231,12 +231,28 @@ async def test_a_draining_server_refuses_newcomers(start: Start) -> None:
     assert await asyncio.to_thread(server.process.wait, 30) == 0
 
 
-async def test_requests_past_the_grace_period_are_cut_off(start: Start) -> None:
-    server = start("slow", "--drain-grace-seconds", "0.2")
-    async with connected(server) as stub:
+async def test_requests_past_the_grace_period_are_told_so(start: Start) -> None:
+    server = start("slow", "--drain-grace-seconds", "0.5")
+    async with connected(server) as stub, httpx.AsyncClient(base_url=server.http_url) as http:
+        whole = asyncio.create_task(http.post("/v1/completions", json=ENDLESS_BODY))
         call = stub.Generate(ENDLESS)
-        await call.read()
-        server.process.terminate()
-        with pytest.raises(grpc.aio.AioRpcError):
-            await rest_of(call)
+        await asyncio.to_thread(server.wait_for_metric, "llm_requests_running", 2)
+        streamed = ENDLESS_BODY | {"stream": True}
+        async with http.stream("POST", "/v1/completions", json=streamed) as events:
+            server.process.terminate()
+            last_event = (await events.aread()).decode().split("\n\n")[-2]
+        assert (await rest_of(call))[-1].finish_reason == pb.FINISH_REASON_ABORT
+        assert '"reason":"ABORTED"' in last_event
+        answer = await whole
+        assert answer.status_code == 503
+        assert answer.json()["error"]["reason"] == "ABORTED"
+    assert await asyncio.to_thread(server.process.wait, 30) == 0
+
+
+async def test_a_server_that_lost_its_engine_answers_and_ends(start: Start) -> None:
+    server = start("lost")
+    async with httpx.AsyncClient(base_url=server.http_url) as http:
+        answer = await http.post("/v1/completions", json=ENDLESS_BODY)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["reason"] == "ENGINE_FAILED"
     assert await asyncio.to_thread(server.process.wait, 30) == 0
