@@ -73,6 +73,12 @@ class TokenizerCore:
         with self.frame("encode", transport) as record:
             model = self.named_model(request.model)
             encoded = await self.encode_image(record, model, request.image)
+        annotate(
+            model=model.name,
+            bytes_in=encoded.source_bytes,
+            bytes_out=len(encoded.codes),
+            bpp=round(encoded.bpp, 5),
+        )
         return tokenizer_pb2.EncodeResponse(
             codes=encoded.codes,
             model=model.name,
@@ -90,6 +96,9 @@ class TokenizerCore:
         with self.frame("decode", transport) as record:
             image_format = convert.image_format(request.format)
             decoded = await self.decode_codes(record, request.codes, image_format)
+        annotate(
+            model=decoded.model.name, bytes_in=len(request.codes), bytes_out=len(decoded.image)
+        )
         return tokenizer_pb2.DecodeResponse(
             image=decoded.image,
             format=convert.image_format_number(decoded.image_format),
@@ -111,6 +120,7 @@ class TokenizerCore:
             else:
                 pinned = self.models.by_name(request.model) if request.model else None
                 recognized = await self.recognize_codes(record, request.codes, pinned)
+        annotate(model=recognized.model.name, coded_bytes=len(recognized.codes))
         return tokenizer_pb2.RecognizeResponse(
             labels=convert.labels(recognized.labels[:top_k]),
             model=recognized.model.name,
@@ -140,7 +150,6 @@ class TokenizerCore:
         pixels = encoded.width * encoded.height
         self.metrics.encoded(model.name, len(encoded.codes), encoded.source_bytes, pixels)
         self.metrics.codebook_used(model.name, encoded.indices)
-        annotate(bytes_in=len(image), bytes_out=len(encoded.codes), bpp=round(encoded.bpp, 5))
         return encoded
 
     async def decode_codes(
@@ -153,7 +162,6 @@ class TokenizerCore:
         """Decode one frame and count its size."""
         model = await self._model_of(record, codes, pinned)
         decoded = await self._pipeline.decode(model, codes, image_format, record.clock)
-        annotate(bytes_in=len(codes), bytes_out=len(decoded.image))
         return decoded
 
     async def recognize_image(
@@ -170,7 +178,6 @@ class TokenizerCore:
     ) -> Recognition:
         """Label one frame's codes."""
         model = await self._model_of(record, codes, pinned)
-        annotate(bytes_in=len(codes))
         return await self._pipeline.recognize(model, codes, record.clock)
 
     def named_model(self, name: str) -> ServedModel:
@@ -199,7 +206,6 @@ class TokenizerCore:
             outcome = "internal"
             raise
         finally:
-            annotate(model=record.model)
             self.metrics.frames.labels(record.model, operation, transport, outcome).inc()
 
     def _observe(self, record: FrameRecord) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from vqserve.common.admission import AdmissionGate
 from vqserve.common.errors import Draining, ResourceExhausted, ServiceError
 from vqserve.common.interceptors import as_service_error
-from vqserve.common.logging import current_request_id
+from vqserve.common.logging import annotate, current_request_id
 from vqserve.tokenizer import convert
 from vqserve.tokenizer.codecs import ServedModel
 from vqserve.tokenizer.core import FrameRecord, Operation, TokenizerCore, Transport, checked_top_k
@@ -84,8 +84,8 @@ class FrameStreams:
             yield self._ready(plan)
             inbox = _Inbox(plan, self._queue_frames, self._core)
             reader = asyncio.create_task(inbox.fill(requests, self._refusing))
+            worker = _StreamWorker(self._core, plan, transport)
             try:
-                worker = _StreamWorker(self._core, plan, transport)
                 while (arrival := await inbox.take()) is not None:
                     result = await worker.answer(arrival.frame)
                     result.dropped_before = inbox.take_dropped()
@@ -94,6 +94,7 @@ class FrameStreams:
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
+                worker.summarize()
 
     async def _plan(self, requests: Requests) -> StreamPlan:
         async for request in requests:
@@ -225,9 +226,23 @@ class _StreamWorker:
         self._transport = transport
         self._window_started = time.monotonic()
         self._window_bytes = 0
+        self._frames = 0
+        self._failed = 0
+        self._coded_bytes = 0
+
+    def summarize(self) -> None:
+        """Put the stream's totals on its log line."""
+        annotate(
+            model=self._plan.model_label,
+            operation=self._plan.operation,
+            frames=self._frames,
+            failed=self._failed,
+            coded_bytes=self._coded_bytes,
+        )
 
     async def answer(self, frame: tokenizer_pb2.StreamFrame) -> tokenizer_pb2.FrameResult:
         """The result of one frame; its failure is part of the result."""
+        self._frames += 1
         result = tokenizer_pb2.FrameResult(seq=frame.seq, capture_ns=frame.capture_ns)
         try:
             with self._core.frame(self._plan.operation, self._transport) as record:
@@ -309,11 +324,13 @@ class _StreamWorker:
         self._count_bytes(record.model, len(recognized.codes))
 
     def _fail(self, result: tokenizer_pb2.FrameResult, error: ServiceError) -> None:
+        self._failed += 1
         if isinstance(error, ResourceExhausted):
             self._core.metrics.dropped.labels(self._plan.model_label, "overload").inc()
         result.error.CopyFrom(convert.frame_error(error))
 
     def _count_bytes(self, model: str, coded_bytes: int) -> None:
+        self._coded_bytes += coded_bytes
         self._window_bytes += coded_bytes
         elapsed = time.monotonic() - self._window_started
         if elapsed >= BITRATE_WINDOW_SECONDS:
