@@ -95,7 +95,7 @@ def _checked_prompt(prompt: Prompt | None, model: ServedModel) -> Prompt:
             _check_size(len(text), model, "prompt")
         case ChatPrompt():
             _check_chat(prompt)
-            _check_size(sum(len(turn.content) for turn in prompt.messages), model, "chat")
+            _check_size(sum(len(turn.content) for turn in prompt.messages), model, "chat.messages")
     return prompt
 
 

@@ -130,9 +130,9 @@ class ServedModel:
         try:
             return self.loaded.tokenizer.apply_chat_template(turns)
         except UnsupportedModel as error:
-            raise errors.NoChatTemplate(str(error), field="chat") from error
+            raise errors.NoChatTemplate(str(error), field="chat.messages") from error
         except VqllmError as error:
-            raise translate(error, "chat") from error
+            raise translate(error, "chat.messages") from error
 
 
 @dataclass(frozen=True)

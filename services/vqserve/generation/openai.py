@@ -179,11 +179,7 @@ def _error_type(http_status: int) -> str:
 
 def _parameter(field: str | None) -> str | None:
     """The name that an OpenAI client knows the field by."""
-    if field is None:
-        return None
-    if field == "chat":
-        return "messages"
-    return field.removeprefix("sampling.").removeprefix("chat.")
+    return None if field is None else field.removeprefix("sampling.").removeprefix("chat.")
 
 
 def _encodable(text: str) -> str:

@@ -11,9 +11,9 @@ import grpc
 import grpc.aio
 import httpx
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 
-from vqserve.common.errors import HTTP_STATUS, STATUS_DETAILS_KEY
+from vqserve.common.errors import HTTP_STATUS
+from vqserve.common.testing import grpc_failure
 from vqserve.generation.testing import ANSWER, CONTEXT_LENGTH, LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
 
@@ -295,17 +295,6 @@ async def raw_refusal(target: str, request: bytes) -> grpc.aio.AioRpcError:
     return caught.value
 
 
-def details(error: grpc.aio.AioRpcError, kind: Any) -> Any:
-    """The detail of one type in a google.rpc.Status; None if there is none."""
-    metadata: dict[str, Any] = dict(error.trailing_metadata())
-    for packed in status_pb2.Status.FromString(metadata[STATUS_DETAILS_KEY]).details:
-        if packed.Is(kind.DESCRIPTOR):
-            detail = kind()
-            packed.Unpack(detail)
-            return detail
-    return None
-
-
 async def post(client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
     if body is None:
         return await client.get(path)
@@ -331,10 +320,12 @@ async def test_grpc_refuses(
         error = await raw_refusal(fast.grpc_address, case.rpc)
     else:
         error = await refusal(stub, case.rpc)
-    info = details(error, error_details_pb2.ErrorInfo)
-    assert (error.code(), info.reason, info.domain) == (case.code, case.reason, "vqstack")
-    assert details(error, error_details_pb2.RequestInfo).request_id
-    assert error.details()
+    failure = grpc_failure(error)
+    assert (failure.code, failure.reason) == (case.code.name, case.reason), failure
+    assert failure.message
+    assert failure.request_id
+    if case.field is not None:
+        assert failure.field.endswith(case.field)
     assert await still_serves(http)
 
 
@@ -366,7 +357,7 @@ async def test_both_protocols_say_the_same(
     response = await post(http, *case.rest)
     body = response.json()["error"]
     assert response.status_code == HTTP_STATUS[error.code()]
-    assert body["reason"] == details(error, error_details_pb2.ErrorInfo).reason
+    assert body["reason"] == grpc_failure(error).reason
 
 
 async def test_values_at_the_edges_are_accepted(http: httpx.AsyncClient) -> None:

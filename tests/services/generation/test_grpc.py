@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from vqserve.generation.testing import ANSWER, LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
@@ -91,3 +92,15 @@ async def test_health_knows_the_service(fast: LlmServer) -> None:
         for name in ("", "vqstack.generation.v1.GenerationService"):
             status = await stub.Check(health_pb2.HealthCheckRequest(service=name))
             assert status.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_reflection_lists_the_service(fast: LlmServer) -> None:
+    async with grpc.aio.insecure_channel(fast.grpc_address) as channel:
+        make_stub: Any = reflection_pb2_grpc.ServerReflectionStub
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = make_stub(channel).ServerReflectionInfo(iter([question]))
+        answer = await call.read()
+        call.cancel()
+    names = {service.name for service in answer.list_services_response.service}
+    assert "vqstack.generation.v1.GenerationService" in names
+    assert "grpc.health.v1.Health" in names

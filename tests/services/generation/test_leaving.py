@@ -16,6 +16,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from vqserve.common.testing import grpc_failure
 from vqserve.generation.testing import LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
 from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceStub
@@ -150,7 +151,9 @@ async def test_a_full_queue_answers_429_and_resource_exhausted(start: Start) -> 
         await asyncio.to_thread(server.wait_for_metric, "llm_requests_waiting", 1)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             [response async for response in stub.Generate(ENDLESS)]
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        failure = grpc_failure(refused.value)
+        assert (failure.code, failure.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert failure.retry_after_seconds > 0
         response = await http.post("/v1/completions", json=ENDLESS_BODY)
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1

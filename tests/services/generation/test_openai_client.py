@@ -219,3 +219,16 @@ def test_curl_streams(fast: LlmServer) -> None:
     assert lines[-1] == "data: [DONE]"
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
     assert "".join(delta.get("content", "") for delta in deltas) == ANSWER[:6]
+
+
+async def test_the_routes_are_documented(http: httpx.AsyncClient) -> None:
+    paths = (await http.get("/openapi.json")).json()["paths"]
+    assert {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/v1/tokenize",
+        "/v1/detokenize",
+    } <= paths.keys()
+    assert (await http.get("/docs")).status_code == 200
