@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from pydantic import Field
 
 from vqserve.common.config import ServiceSettings
+from vqserve.common.cores import available_cores
 
 
 class TokenizerSettings(ServiceSettings):
@@ -47,5 +46,4 @@ class TokenizerSettings(ServiceSettings):
     @property
     def effective_torch_threads(self) -> int:
         """Threads that torch uses for one frame."""
-        cores = os.cpu_count() or 1
-        return self.torch_threads or max(1, cores // self.engine_threads)
+        return self.torch_threads or max(1, available_cores() // self.engine_threads)

@@ -10,11 +10,14 @@ import torch
 
 from scq import zoo
 from scq.codec import FrameCodec
+from scq.errors import ScqError
 from scq.model import ScqAutoencoder, load_model
 from vqserve.tokenizer.codecs import ModelCard, ServedModel
 from vqserve.tokenizer.convert import translated_errors
 from vqserve.tokenizer.errors import InvalidModel
 
+# Along each side of the picture that a model is tried with.
+WARM_UP_LATENTS = 4
 # Names become metric labels and parts of URLs.
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -24,14 +27,32 @@ def load_served(spec: str, max_image_pixels: int) -> ServedModel:
     with translated_errors():
         is_path = "/" in spec or spec.endswith(".safetensors")
         model = load_model(spec) if is_path else zoo.load(spec)
-    return serve(model, max_image_pixels)
+    return warmed_up(serve(model, max_image_pixels))
 
 
 def load_served_file(path: Path, name: str, max_image_pixels: int) -> ServedModel:
     """A model file, served under `name` or under its own name when that is empty."""
     with translated_errors():
         model = load_model(path)
-    return serve(model, max_image_pixels, name)
+    return warmed_up(serve(model, max_image_pixels, name))
+
+
+def warmed_up(model: ServedModel) -> ServedModel:
+    """The model after it has coded one small picture; raises InvalidModel when it cannot.
+
+    The first frame otherwise pays for what torch sets up lazily, and a model with NaN weights
+    would be found out by a client.
+    """
+    side = WARM_UP_LATENTS * model.card.stride
+    picture = np.full((side, side, 3), 128, np.uint8)
+    try:
+        codes = model.codec.encode(picture).codes
+        model.codec.decode(codes)
+        if model.card.classes:
+            model.codec.recognize(codes)
+    except ScqError as error:
+        raise InvalidModel(f"model {model.name!r} cannot code a plain picture: {error}") from error
+    return model
 
 
 def zoo_names() -> list[str]:

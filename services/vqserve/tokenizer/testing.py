@@ -47,9 +47,9 @@ def tiny_model(config: ModelConfig) -> ScqAutoencoder:
 
 
 def write_models(folder: Path) -> str:
-    """The three models as files; returns the value for --models."""
+    """The two sound models as files; returns the value for --models."""
     paths = []
-    for config in (LABELLED, PLAIN, NAN):
+    for config in (LABELLED, PLAIN):
         path = folder / f"{config.name}.safetensors"
         save_model(tiny_model(config), path)
         paths.append(str(path))

@@ -13,6 +13,7 @@ import pytest
 from vqserve.common.admin import AdminLoadsDisabled, PathNotAllowed, confined_path
 from vqserve.common.admission import AdmissionGate
 from vqserve.common.config import ServiceSettings
+from vqserve.common.cores import available_cores
 from vqserve.common.errors import Draining, NotReady, ResourceExhausted, TooManyRequests
 from vqserve.common.logging import (
     JsonFormatter,
@@ -56,6 +57,17 @@ def test_a_bad_setting_ends_the_start_and_is_named(
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("50000 100000", 1), ("100000 100000", 1), ("max 100000", None), ("what", None)],
+)
+def test_a_containers_cpu_limit_counts(tmp_path: Path, content: str, cores: int | None) -> None:
+    limit = tmp_path / "cpu.max"
+    limit.write_text(content)
+    everything = available_cores(tmp_path / "missing")
+    assert available_cores(limit) == (cores or everything)
 
 
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

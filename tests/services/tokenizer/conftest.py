@@ -19,7 +19,7 @@ MAX_REQUEST_BYTES = 200_000
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Value of --models for the three tiny models."""
+    """Value of --models for the two tiny models."""
     return write_models(tmp_path_factory.mktemp("models"))
 
 
@@ -53,6 +53,7 @@ async def blocked() -> AsyncIterator[tuple[Ports, BlockingCodec]]:
         models="labelled",
         max_concurrent_requests=2,
         engine_threads=1,
+        torch_threads=1,
         drain_grace_seconds=5,
     )
     async with running(build_app(settings, load)) as ports:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,15 @@ from PIL import Image
 
 from scq.codec import FrameCodec
 from vqserve.common.errors import HTTP_STATUS
+from vqserve.common.lifecycle import running
 from vqserve.common.testing import Failure, ServiceProcess, grpc_failure, http_failure
+from vqserve.tokenizer.app import build_app
+from vqserve.tokenizer.codecs import ServedModel
+from vqserve.tokenizer.config import TokenizerSettings
+from vqserve.tokenizer.loading import serve
 from vqserve.tokenizer.testing import (
     LABELLED,
+    NAN,
     PLAIN,
     image_file,
     picture,
@@ -90,7 +97,6 @@ def encode_cases() -> list[Case]:
         encode_case("empty image", b"", "EMPTY_PAYLOAD"),
         encode_case("unknown model", image_file(), "UNKNOWN_MODEL", "nope", "NOT_FOUND"),
         encode_case("no model named", image_file(), "INVALID_ARGUMENT", ""),
-        encode_case("encoder that yields NaN", image_file(), "INVALID_LATENTS", "nan"),
     ]
 
 
@@ -261,6 +267,24 @@ async def test_both_protocols_give_the_same_specific_error(
     assert by_grpc.request_id
     assert by_http.request_id
     await still_serves(service)
+
+
+async def test_an_encoder_that_yields_nan_is_reported_over_both_protocols() -> None:
+    def load(spec: str, max_image_pixels: int) -> ServedModel:
+        config = NAN if spec == "nan" else LABELLED
+        return serve(tiny_model(config), max_image_pixels)
+
+    settings = TokenizerSettings(grpc_port=0, http_port=0, models="nan,labelled")
+    case = encode_case("NaN latents", image_file(), "INVALID_LATENTS", "nan")
+    async with running(build_app(settings, load)) as ports:
+        url = f"http://127.0.0.1:{ports.http}"
+        by_grpc = await over_grpc(f"127.0.0.1:{ports.grpc}", case.request)
+        status, by_http = await asyncio.to_thread(over_http, url, case)
+        async with httpx.AsyncClient(base_url=url) as client:
+            good = await client.post("/v1/encode?model=labelled", content=image_file())
+    assert (by_grpc.code, by_grpc.reason) == (by_http.code, by_http.reason)
+    assert (by_http.code, by_http.reason, status) == (case.code, case.reason, 400)
+    assert good.status_code == 200
 
 
 def test_the_table_names_every_case_once() -> None:

@@ -130,7 +130,7 @@ async def test_the_admin_listener_loads_and_unloads(
         await stub.UnloadModel(admin_pb2.UnloadModelRequest(name="second"))
     gone = httpx.post(f"{service.http_url}/v1/encode?model=second", content=image_file())
     assert loaded.name == "second"
-    assert list(status.models) == ["labelled", "nan", "plain", "second"]
+    assert list(status.models) == ["labelled", "plain", "second"]
     assert (status.service, status.draining) == ("tokenizerd", False)
     assert (served.status_code, gone.status_code) == (200, 404)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from scq import errors as engine
+from scq.model import save_model
 from vqserve.common.errors import InvalidArgument, ServiceError
 from vqserve.common.lifecycle import StartupError
 from vqserve.tokenizer.app import build_app
@@ -17,11 +19,11 @@ from vqserve.tokenizer.codecs import ModelStore
 from vqserve.tokenizer.config import TokenizerSettings
 from vqserve.tokenizer.convert import translate
 from vqserve.tokenizer.core import checked_top_k
-from vqserve.tokenizer.errors import LastModel, ModelNameTaken, UnknownModel
-from vqserve.tokenizer.loading import serve
+from vqserve.tokenizer.errors import InvalidModel, LastModel, ModelNameTaken, UnknownModel
+from vqserve.tokenizer.loading import load_served, serve, zoo_names
 from vqserve.tokenizer.metrics import CodebookWindow
 from vqserve.tokenizer.pictures import ImageFormat, write_image
-from vqserve.tokenizer.testing import LABELLED, PLAIN, picture, tiny_model
+from vqserve.tokenizer.testing import LABELLED, NAN, PLAIN, picture, tiny_model
 
 MAX_PIXELS = 1_000_000
 
@@ -125,6 +127,20 @@ def test_a_picture_that_a_format_cannot_hold_is_refused() -> None:
 @pytest.mark.parametrize(("asked", "given"), [(0, 5), (1, 1), (100, 100)])
 def test_top_k_defaults_to_five(asked: int, given: int) -> None:
     assert checked_top_k(asked) == given
+
+
+def test_a_model_that_cannot_code_is_not_served(tmp_path: Path) -> None:
+    path = tmp_path / "nan.safetensors"
+    save_model(tiny_model(NAN), path)
+    with pytest.raises(InvalidModel, match="plain picture"):
+        load_served(str(path), MAX_PIXELS)
+
+
+def test_every_zoo_model_can_be_served() -> None:
+    served = [load_served(name, MAX_PIXELS) for name in zoo_names()]
+    assert {model.name for model in served} == {"food", "nav", "sign32"}
+    classes = {model.name: len(model.card.classes) for model in served}
+    assert classes == {"food": 10, "nav": 0, "sign32": 43}
 
 
 def test_model_specs_are_split_at_commas() -> None:
