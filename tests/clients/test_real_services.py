@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
+from pathlib import Path
 
 import pytest
 
@@ -27,17 +28,23 @@ from vqclient import (
 )
 from vqclient.types import is_codes
 from vqserve.common.testing import ServiceProcess, service_process
-from vqserve.generation.testing import LlmServer, llm_server
+from vqserve.generation.testing import LlmServer
 from vqserve.tokenizer.testing import image_file, png_claiming, write_models
 
 MODEL = "labelled"
+START_SECONDS = 240.0  # torch is slow to import while other work has the machine
+
+
+def tokenizer_process(folder: Path) -> AbstractContextManager[ServiceProcess]:
+    """tokenizerd with the tiny models."""
+    arguments = ["--models", write_models(folder)]
+    return service_process("vqserve.tokenizer", arguments, folder, timeout_seconds=START_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def tokenizerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     folder = tmp_path_factory.mktemp("tokenizerd")
-    models = write_models(folder)
-    with service_process("vqserve.tokenizer", ["--models", models], folder) as process:
+    with tokenizer_process(folder) as process:
         yield process
 
 
@@ -168,8 +175,7 @@ async def test_a_draining_service_ends_streams_and_refuses_calls_with_a_typed_er
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("draining")
-    models = write_models(folder)
-    with service_process("vqserve.tokenizer", ["--models", models], folder) as process:
+    with tokenizer_process(folder) as process:
         async with TokenizerClient(process.grpc_address, ClientOptions(timeout=5)) as client:
 
             async def camera() -> AsyncIterator[Frame]:
@@ -199,8 +205,9 @@ def llmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmServer]:
     folder = tmp_path_factory.mktemp("llmd")
     model = folder / "slow"
     model.mkdir()
-    with llm_server(folder, ["--model", str(model)]) as server:
-        yield server
+    module, arguments = "vqserve.generation.testing", ["--model", str(model)]
+    with service_process(module, arguments, folder, timeout_seconds=START_SECONDS) as service:
+        yield LlmServer(service.process, service.ports, service.log)
 
 
 @pytest.fixture
