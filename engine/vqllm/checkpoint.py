@@ -23,7 +23,7 @@ from vqllm.model_config import LlamaConfig, parse_config, read_config
 from vqllm.model_info import ModelInfo
 from vqllm.packing import WORD_BITS, pack_columns, pack_rows, unpack_columns, unpack_rows
 from vqllm.quantization.base import SUPPORTED_BITS, GroupedLinear, GroupedSpec
-from vqllm.tensor_store import TensorStore
+from vqllm.tensor_store import TensorLayout, TensorStore
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,20 @@ def packed_tensors(name: str, linear: GroupedLinear, form: GptqFormat) -> dict[s
         f"{name}.qzeros": pack_columns(stored, bits),
         f"{name}.scales": linear.scales,
         f"{name}.g_idx": linear.group_index,
+    }
+
+
+def packed_layout(name: str, shape: tuple[int, int], spec: GroupedSpec) -> dict[str, TensorLayout]:
+    """Dtypes and shapes of `packed_tensors` for a linear of `shape` (out, in)."""
+    out_features, in_features = shape
+    num_groups = spec.num_groups(in_features)
+    return {
+        f"{name}.qweight": TensorLayout(
+            "I32", (in_features * spec.bits // WORD_BITS, out_features)
+        ),
+        f"{name}.qzeros": TensorLayout("I32", (num_groups, out_features * spec.bits // WORD_BITS)),
+        f"{name}.scales": TensorLayout("F16", (num_groups, out_features)),
+        f"{name}.g_idx": TensorLayout("I32", (in_features,)),
     }
 
 

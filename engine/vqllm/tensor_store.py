@@ -1,8 +1,8 @@
-"""Memory-mapped, read-only access to the safetensors files of a model folder.
+"""Memory-mapped reading and piecewise writing of safetensors files.
 
-Own reader of the safetensors layout (8-byte header length, JSON header, raw data): the numpy
-binding of the library refuses bfloat16, and the runtime shall not need torch to load a model.
-Knows names, dtypes and bytes, nothing of what a tensor means.
+Own code for the safetensors layout (8-byte header length, JSON header, raw data), for two reasons:
+the library's numpy binding refuses bfloat16, and it writes a file only from tensors that are all
+in memory. Knows names, dtypes and bytes, nothing of what a tensor means.
 """
 
 from __future__ import annotations
@@ -107,6 +107,76 @@ class TensorStore:
         if entry is None:
             raise CorruptCheckpoint(f"{self.folder}: tensor {name} is missing")
         return entry
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Dtype (as safetensors spells it) and shape of a tensor that is still to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+
+class TensorFileWriter:
+    """One safetensors file whose tensors arrive one by one, in any order.
+
+    The header is written first, so the layout must be known; no tensor is kept in memory.
+    """
+
+    def __init__(self, path: Path, layout: dict[str, TensorLayout]) -> None:
+        self._layout = layout
+        self._missing = set(layout)
+        header, self._offsets = _build_header(layout)
+        self._file = path.open("wb")
+        self._file.write(header)
+
+    def put(self, name: str, values: NDArray[Any]) -> None:
+        """Write one tensor; bfloat16 is passed as uint16 halves, as `TensorStore.raw` gives it.
+
+        Raises:
+            ValueError: dtype or shape differ from the layout.
+        """
+        layout = self._layout[name]
+        if values.dtype != np.dtype(_DTYPES[layout.dtype]) or values.shape != layout.shape:
+            raise ValueError(f"{name} is {values.dtype} {values.shape}, announced was {layout}")
+        self._file.seek(self._offsets[name])
+        self._file.write(np.ascontiguousarray(values).data)
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Let go of the file, complete or not; may be called twice."""
+        self._file.close()
+
+    def finish(self) -> None:
+        """Close the complete file.
+
+        Raises:
+            ValueError: a tensor of the layout was never written.
+        """
+        self.close()
+        if self._missing:
+            raise ValueError(f"never written: {', '.join(sorted(self._missing))}")
+
+
+def _build_header(layout: dict[str, TensorLayout]) -> tuple[bytes, dict[str, int]]:
+    """The file's header, padded to 8 bytes, and where each tensor starts in the file."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, tensor in layout.items():
+        starts[name], start, end = end, end, end + tensor.num_bytes
+        fields[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    content = json.dumps(fields, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    header = len(content).to_bytes(8, "little") + content
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -1,6 +1,6 @@
 """Writes a GPTQ checkpoint folder part by part, next to which the original stays untouched.
 
-The folder appears under its final name only when it is complete.
+Parts go to disk as they come. The folder appears under its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from numpy.typing import NDArray
 
-from vqllm.checkpoint import Checkpoint, GptqFormat, packed_tensors, write_json
+from vqllm.checkpoint import (
+    Checkpoint,
+    GptqFormat,
+    packed_layout,
+    packed_tensors,
+    write_json,
+)
 from vqllm.errors import VqllmError
 from vqllm.model_card import quantized_card
 from vqllm.model_config import read_config
 from vqllm.quantization.pipeline import QuantizedPart
+from vqllm.tensor_store import TensorFileWriter, TensorLayout
 
-MAX_SHARD_BYTES = 2 * 2**30
+MAX_SHARD_BYTES = 4 * 2**30
 
 COMPANION_FILES = (
     "tokenizer.json",
@@ -36,7 +41,7 @@ COMPANION_FILES = (
 
 
 class CheckpointWriter:
-    """Collects quantized parts and writes the folder; a context manager.
+    """Takes quantized parts and writes the folder; a context manager.
 
     Leaving the block normally finishes the folder, leaving it by an exception removes what was
     written so far.
@@ -52,14 +57,17 @@ class CheckpointWriter:
             raise VqllmError(f"{target} exists already; remove it or choose another folder")
         self._source, self._target, self._form, self._recipe = source, target, form, recipe
         self._scratch = target.with_name(f".{target.name}.partial")
-        self._tensors: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
         self._errors: dict[str, float] = {}
+        self._linears = source.linear_names()
+        self._shards = _split(self._layout())
+        self._writers: dict[str, TensorFileWriter] = {}
 
     def __enter__(self) -> CheckpointWriter:
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
+        for file_name, layout in self._shards.items():
+            writer = TensorFileWriter(self._scratch / file_name, layout)
+            self._writers.update(dict.fromkeys(layout, writer))
         return self
 
     def __exit__(
@@ -68,57 +76,53 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._finish()
-        else:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            for writer in self._writers.values():
+                writer.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def add(self, part: QuantizedPart) -> None:
-        """Take one quantized linear; shards are written as they fill."""
+        """Write one quantized linear."""
         self._errors[part.name] = part.relative_error
         for name, values in packed_tensors(part.name, part.linear, self._form).items():
-            self._put(name, torch.tensor(values))  # copies: parts may share arrays
+            self._put(name, values)
 
-    def _put(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor
-        if sum(held.nbytes for held in self._tensors.values()) >= MAX_SHARD_BYTES:
-            self._flush()
+    def _layout(self) -> dict[str, TensorLayout]:
+        """Every tensor of the new folder: the quantized linears, then what is copied."""
+        layout: dict[str, TensorLayout] = {}
+        for name in self._linears:
+            layout |= packed_layout(name, self._source.linear_shape(name), self._form.spec)
+        store = self._source.store
+        return layout | {
+            name: TensorLayout(store.dtype(name), store.shape(name)) for name in self._copied()
+        }
 
-    def _flush(self) -> None:
-        path = self._shard_path(len(self._shards))
-        save_file(self._tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)
-        self._total_bytes += sum(held.nbytes for held in self._tensors.values())
-        self._shards.append(list(self._tensors))
-        self._tensors = {}
+    def _copied(self) -> list[str]:
+        """Names of the tensors that stay as they are."""
+        replaced = {f"{name}.weight" for name in self._linears}
+        return [name for name in self._source.store.names if name not in replaced]
 
-    def _shard_path(self, index: int) -> Path:
-        return self._scratch / f"shard-{index}"
+    def _put(self, name: str, values: NDArray[Any]) -> None:
+        self._writers[name].put(name, values)
 
     def _finish(self) -> None:
-        for name in self._source.store.names:
-            if not self._is_replaced(name):
-                self._put(name, _as_tensor(self._source, name))
-        self._flush()
-        self._name_shards()
+        for name in self._copied():
+            self._put(name, self._source.store.raw(name))
+        for writer in set(self._writers.values()):
+            writer.finish()
+        if len(self._shards) > 1:
+            self._write_index()
         self._write_descriptions()
         self._scratch.rename(self._target)
 
-    def _is_replaced(self, name: str) -> bool:
-        return name.removesuffix(".weight") in self._errors
-
-    def _name_shards(self) -> None:
-        count = len(self._shards)
-        if count == 1:
-            self._shard_path(0).rename(self._scratch / "model.safetensors")
-            return
-        weight_map = {}
-        for index, names in enumerate(self._shards):
-            file_name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._shard_path(index).rename(self._scratch / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        index_content = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        write_json(self._scratch / "model.safetensors.index.json", index_content)
+    def _write_index(self) -> None:
+        weight_map = {name: file for file, layout in self._shards.items() for name in layout}
+        total = sum(t.num_bytes for layout in self._shards.values() for t in layout.values())
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self._scratch / "model.safetensors.index.json", content)
 
     def _write_descriptions(self) -> None:
         folder, quantization = self._scratch, self._form.to_dict()
@@ -133,7 +137,19 @@ class CheckpointWriter:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _as_tensor(source: Checkpoint, name: str) -> Tensor:
-    """The tensor as it is stored, copied out of the memory map."""
-    tensor = torch.from_numpy(source.store.raw(name).copy())
-    return tensor.view(torch.bfloat16) if source.store.dtype(name) == "BF16" else tensor
+def _split(layout: dict[str, TensorLayout]) -> dict[str, dict[str, TensorLayout]]:
+    """Layout by file name, each file at most MAX_SHARD_BYTES where tensors allow it."""
+    shards: list[dict[str, TensorLayout]] = [{}]
+    num_bytes = 0
+    for name, tensor in layout.items():
+        if shards[-1] and num_bytes + tensor.num_bytes > MAX_SHARD_BYTES:
+            shards.append({})
+            num_bytes = 0
+        shards[-1][name] = tensor
+        num_bytes += tensor.num_bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors": shard
+        for index, shard in enumerate(shards)
+    }

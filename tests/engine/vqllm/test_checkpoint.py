@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vqllm.checkpoint import Checkpoint, GptqFormat, packed_tensors, stored_to_zeros
 from vqllm.errors import CorruptCheckpoint, UnknownModel, UnsupportedModel
+from vqllm.quantization import saving
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
 from vqllm.quantization.gptq import GptqOptions
 from vqllm.quantization.pipeline import QuantizedPart, quantize_model
@@ -184,6 +185,37 @@ def test_shards_are_read_through_their_index(tiny_folder: Path) -> None:
     (tiny_folder / "part-1.safetensors").unlink()
     with pytest.raises(CorruptCheckpoint, match=r"part-1\.safetensors, which is missing"):
         Checkpoint(tiny_folder)
+
+
+def test_a_large_model_is_written_in_shards(
+    tiny_folder: Path,
+    tmp_path: Path,
+    windows: Windows,
+    options: GptqOptions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, target = tmp_path / "whole", tmp_path / "shards"
+    write_quantized(tiny_folder, whole, windows, options)
+    monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 40_000)
+    write_quantized(tiny_folder, target, windows, options)
+    assert len(list(target.glob("model-*.safetensors"))) > 2
+    sharded, single = Checkpoint(target), Checkpoint(whole)
+    assert set(sharded.store.names) == set(single.store.names)
+    for name in single.store.names:
+        np.testing.assert_array_equal(sharded.store.raw(name), single.store.raw(name))
+
+
+def test_a_part_that_never_came_is_named(
+    tiny_folder: Path, tmp_path: Path, windows: Windows, options: GptqOptions
+) -> None:
+    source = Checkpoint(tiny_folder)
+    first = next(iter(quantize_model(source, windows, options)))
+    with (
+        pytest.raises(ValueError, match=r"never written: model\.layers\.0\.mlp\.down_proj\.g_idx"),
+        CheckpointWriter(source, tmp_path / "q", GptqFormat(options.spec), "") as writer,
+    ):
+        writer.add(first)
+    assert not (tmp_path / "q").exists()
 
 
 def test_a_folder_without_a_model_is_unknown(tmp_path: Path) -> None:
