@@ -88,7 +88,10 @@ class ServiceSettings(BaseSettings):
         """Read flags and the environment; on a bad value say which one and exit with status 2."""
         arguments = list(sys.argv[1:] if args is None else args)
         try:
-            return cls(_cli_parse_args=arguments)  # type: ignore[call-arg]
+            return cls(  # type: ignore[call-arg]
+                _cli_parse_args=arguments,
+                _cli_prog_name=f"python -m {cls.__module__.rpartition('.')[0]}",
+            )
         except ValidationError as error:
             sys.exit(_complain(_first_problem(error)))
         except SettingsError as error:
