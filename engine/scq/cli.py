@@ -32,7 +32,8 @@ from scq.errors import InvalidImage, ScqError
 from scq.evaluation import Evaluation, evaluate
 from scq.images import DEFAULT_MAX_PIXELS, read_image, write_png
 from scq.model import load_model
-from scq.training import PRESETS, TrainConfig, TrainProgress, train
+from scq.training import TrainProgress, train
+from scq.training_config import PRESETS, TrainConfig
 
 # Pictures listed one by one by `scq eval`; more than this and only the totals are of use.
 _MAX_LISTED = 20

@@ -18,7 +18,7 @@ from scq.data import CropConfig
 from scq.images import read_image, write_png
 from scq.metrics import psnr_db
 from scq.model import ScqAutoencoder, save_model
-from scq.training import TrainConfig
+from scq.training_config import TrainConfig
 
 Pixels = NDArray[np.uint8]
 MakeModel = Callable[..., ScqAutoencoder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scq.errors import InvalidCodebook, InvalidLatents
+from scq.errors import InvalidCodebook, InvalidLatents, UnsupportedOperation
 from scq.solver import SOLVERS, SolverConfig, exact, kkt_residual
 from scq.solver.base import gradient_scale
 from scq.solver.fallback import solve_one
@@ -247,3 +248,10 @@ def test_unusable_shapes_dtypes_and_codebooks_are_refused() -> None:
 def test_solver_config_refuses_values_out_of_range(field: dict[str, float]) -> None:
     with pytest.raises(InvalidCodebook, match=next(iter(field))):
         replace(SolverConfig(), **field)  # type: ignore[arg-type]
+
+
+def test_the_oracle_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cvxpylayers.torch", None)
+    latents, codebook = random_problem(2, 5, 3, seed=0)
+    with pytest.raises(UnsupportedOperation, match=r"pip install 'vqstack\[oracle\]'"):
+        SOLVERS["cvxpy"](latents, codebook, SolverConfig(lam=0.123))
