@@ -113,7 +113,7 @@ async def test_leaving_the_loop_early_cancels_the_call(
     service.words = ("word ",) * 10_000
     async with aclosing(client.generate("go on")) as pieces:
         assert (await anext(pieces)).text == "word "
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not service.calls.num_cancelled:
             await asyncio.sleep(0.01)
 
@@ -124,7 +124,7 @@ async def test_deadline_covers_the_whole_answer(
     service.calls.delay = 0.02
     service.words = ("word ",) * 10_000
     with pytest.raises(DeadlineExceededError):
-        await collect(client.generate("go on", timeout=0.3))
+        await collect(client.generate("go on", timeout=2))
     assert service.requests  # the answer had begun
 
 

@@ -77,7 +77,7 @@ class Broken(FakeDriver):
 
 
 async def test_requests_leave_although_none_is_answered() -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         recording = await run_open_loop(AnswersOnlyAllTogether(8), [0.001] * 8, 10)
     assert [outcome.fate for outcome in recording.outcomes] == [Fate.OK] * 8
 
