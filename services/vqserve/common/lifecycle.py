@@ -210,6 +210,8 @@ class ServiceHost:
             lifespan="off",
             server_header=False,
             ws_max_size=limit + ENVELOPE_BYTES,
+            # Codes and image files do not compress; trying costs time and invites bombs.
+            ws_per_message_deflate=False,
             timeout_graceful_shutdown=max(1, round(CLOSE_GRACE_SECONDS)),
         )
 

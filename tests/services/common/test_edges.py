@@ -12,8 +12,11 @@ from typing import Any
 import grpc.aio
 import httpx
 import pytest
+from fastapi import WebSocket
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from vqserve.common.admin import LoadedModel
 from vqserve.common.asgi import build_http
@@ -119,6 +122,15 @@ def toy_app(**settings: Any) -> ServiceApp:
                 await asyncio.sleep(0.01)
 
         return StreamingResponse(drops())
+
+    @http.websocket("/echo")
+    async def echo(websocket: WebSocket) -> None:
+        await websocket.accept()
+        text = await websocket.receive_text()
+        if text == "break":
+            raise RuntimeError("a secret of the server")
+        await websocket.send_text(text)
+        await websocket.close()
 
     async def nothing() -> None:
         pass
@@ -239,6 +251,39 @@ async def test_good_requests_pass_and_streams_arrive_whole(toy: Toy) -> None:
         drops = await client.get(f"{toy.url}/drip")
     assert answer.json() == {"answer": 42}
     assert drops.content == b"x" * 3000
+
+
+async def test_a_websocket_is_a_request_like_others(toy: Toy) -> None:
+    state = toy.app.runtime.state
+    url = f"ws://127.0.0.1:{toy.ports.http}/echo"
+    async with connect(url, additional_headers={"x-request-id": "ws-1"}) as websocket:
+        assert websocket.response is not None
+        assert websocket.response.headers["x-request-id"] == "ws-1"
+        assert state.requests_in_flight == 1
+        await websocket.send("hello")
+        assert await websocket.recv() == "hello"
+    async with asyncio.timeout(5):
+        while state.requests_in_flight:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_websocket_handler_that_fails_leaks_nothing(toy: Toy) -> None:
+    async with connect(f"ws://127.0.0.1:{toy.ports.http}/echo") as websocket:
+        await websocket.send("break")
+        with pytest.raises(ConnectionClosed) as caught:
+            await websocket.recv()
+    assert caught.value.rcvd is not None
+    assert (caught.value.rcvd.code, caught.value.rcvd.reason) == (1011, "INTERNAL")
+
+
+async def test_a_draining_service_refuses_websockets_before_they_open() -> None:
+    app = toy_app()
+    async with running(app) as ports:
+        app.runtime.state.mark_draining()
+        with pytest.raises(InvalidStatus) as caught:
+            await connect(f"ws://127.0.0.1:{ports.http}/echo")
+    assert caught.value.response.status_code == 503
+    assert b"DRAINING" in (caught.value.response.body or b"")
 
 
 async def test_a_starting_service_is_alive_but_not_ready() -> None:
