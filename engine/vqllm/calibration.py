@@ -7,8 +7,8 @@ Knows tokenizers and files, no model. The default text needs no data folder: see
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-from pydoc_data import topics
 from typing import Protocol
 
 import numpy as np
@@ -65,8 +65,15 @@ def calibration_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Wi
 
 
 def default_text() -> str:
-    """English prose that every Python installation carries: the topics of its own `help()`."""
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    """English text that ships with the package, about 30 windows of 512 tokens.
+
+    SmolLM2-135M-Instruct (Apache-2.0) wrote it at temperature 0.8, continuing openings of many
+    kinds: news, stories, instructions, science. It is fluent and often wrong. Text of a model's
+    own calibrates nearly as well as text of the domain that is scored: quantized to 4 bits with
+    groups of 128, that model has KL 0.176 to the original on held-out Brown text after this text,
+    0.156 after 32 windows of Brown training text and 0.259 after Python's own help topics.
+    """
+    return resources.files("vqllm").joinpath("texts/calibration_en.txt").read_text("utf-8")
 
 
 def _read_text(path: Path) -> str:

@@ -69,7 +69,7 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Weights per scale, a power of two.")] = 128,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to calibrate on; default is a text that ships with Python."),
+        typer.Option(help="UTF-8 text to calibrate on; default is a text in the package."),
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 48,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 512,

