@@ -26,9 +26,13 @@ _MAX_IN_FLIGHT = 2
 
 @dataclass
 class StreamFigures:
-    """What a stream did so far; latencies in seconds, from a frame's capture to its result."""
+    """What a stream did so far; latencies in seconds, from a frame's capture to its result.
 
-    started: float = field(default_factory=time.perf_counter)
+    Rates count from the first answered frame's capture to the last result.
+    """
+
+    first_capture_ns: int = 0
+    last_result_ns: int = 0
     latencies: list[float] = field(default_factory=list)
     coded_bytes: int = 0
     bpp_sum: float = 0.0
@@ -44,7 +48,9 @@ class StreamFigures:
             self.num_failed += 1
             self.last_error = str(result.error)
             return
-        self.latencies.append((time.monotonic_ns() - result.capture_ns) / 1e9)
+        self.first_capture_ns = self.first_capture_ns or result.capture_ns
+        self.last_result_ns = time.monotonic_ns()
+        self.latencies.append((self.last_result_ns - result.capture_ns) / 1e9)
         self.coded_bytes += len(result.codes)
         self.bpp_sum += result.bpp
         if result.labels:
@@ -52,7 +58,7 @@ class StreamFigures:
 
     @property
     def seconds(self) -> float:
-        return max(time.perf_counter() - self.started, 1e-9)
+        return max(self.last_result_ns - self.first_capture_ns, 1) / 1e9
 
     @property
     def frames(self) -> int:
