@@ -2,7 +2,7 @@
 
 `python -m vqserve.generation.testing --model FOLDER` is llmd with the real engine, tokenizer and
 wiring over a fake executor, which answers with one sentence again and again. The folder's name
-decides how: `slow` takes 20 ms a step, `broken` fails in its third step, `lost` then cannot even
+decides how: `slow` takes 40 ms a step, `broken` fails in its third step, `lost` then cannot even
 free its caches, `corrupt` does not load, `plain` has no chat template, anything else is just fast.
 """
 
@@ -12,10 +12,11 @@ import json
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,10 @@ from vqllm.model_info import ModelInfo
 from vqllm.runtime.engine import Engine
 from vqllm.runtime.executors.base import Executor, Logits
 from vqllm.runtime.tokenizer import ChatTokenizer
+from vqserve.common.lifecycle import running
 from vqserve.common.testing import POLL_SECONDS, ServiceProcess, service_process
 from vqserve.generation.__main__ import main
-from vqserve.generation.app import engine_config
+from vqserve.generation.app import build_app, engine_config
 from vqserve.generation.config import GenerationSettings
 from vqserve.generation.models import Loader
 
@@ -168,7 +170,7 @@ def _random_tensors() -> dict[str, NDArray[np.float32]]:
 def fake_model(settings: GenerationSettings, name: str) -> FakeModel:
     """A model that repeats ANSWER for ever; `name` picks its pace and its faults."""
     tokenizer = byte_tokenizer(has_template=name != "plain")
-    step_seconds = 0.02 if name == "slow" else 0.0
+    step_seconds = 0.04 if name == "slow" else 0.0
     executor = FakeExecutor(tokenizer.encode(ANSWER), tokenizer.vocab_size, step_seconds)
     executor.fails_at_step = 3 if name in ("broken", "lost") else None
     executor.can_free = name != "lost"
@@ -218,6 +220,15 @@ def llm_server(
     """llmd as a process on free ports, ready to serve; stopped on the way out."""
     with service_process(module, args, folder) as service:
         yield LlmServer(service.process, service.ports, service.log)
+
+
+@asynccontextmanager
+async def embedded_llmd(folder: Path, **settings: Any) -> AsyncIterator[str]:
+    """llmd inside the running loop, over the fake model that `folder` names; its base URL."""
+    folder.mkdir()
+    chosen = GenerationSettings(model=folder, grpc_port=0, http_port=0, **settings)
+    async with running(build_app(chosen, fake_loader(chosen))) as ports:
+        yield f"http://{ports.host}:{ports.http}"
 
 
 if __name__ == "__main__":

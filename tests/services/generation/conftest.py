@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc.aio
@@ -55,15 +54,3 @@ async def http(fast: LlmServer) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client on the fast server."""
     async with httpx.AsyncClient(base_url=fast.http_url, timeout=30) as client:
         yield client
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes an empty model folder of a given name."""
-
-    def make(name: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        return folder
-
-    return make

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -23,14 +24,21 @@ if TYPE_CHECKING:
 FOLDERS = ("slow", "second", "corrupt")
 
 
-@pytest.fixture
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmServer]:
+@contextmanager
+def administered(root: Path) -> Iterator[LlmServer]:
     """llmd serving `slow`, with more model folders in its model root."""
-    root = tmp_path_factory.mktemp("models")
+    models = root / "models"
     for name in FOLDERS:
-        (root / name).mkdir()
-    args = ("--model", str(root / "slow"), "--model-root", str(root), "--admin-port", "0")
-    with llm_server(tmp_path_factory.mktemp("llmd"), args) as started:
+        (models / name).mkdir(parents=True)
+    args = ("--model", str(models / "slow"), "--model-root", str(models), "--admin-port", "0")
+    with llm_server(root, args) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmServer]:
+    """A server that tests leave as they found it."""
+    with administered(tmp_path_factory.mktemp("admin")) as started:
         yield started
 
 
@@ -83,6 +91,10 @@ async def test_a_model_can_be_loaded_used_and_unloaded(server: LlmServer) -> Non
         assert server.metric("llm_model_info", model="slow") == 0
         assert (await complete(server, max_tokens=1)).json()["model"] == "again"
 
+        await stub.LoadModel(pb.LoadModelRequest(path=f"{root}/slow"))
+        await stub.UnloadModel(pb.UnloadModelRequest(name="again"))
+        assert (await complete(server, model="slow", max_tokens=1)).status_code == 200
+
 
 async def test_what_admin_refuses(server: LlmServer) -> None:
     root = model_root(server)
@@ -106,7 +118,15 @@ async def test_what_admin_refuses(server: LlmServer) -> None:
     assert (await complete(server, max_tokens=1)).status_code == 200
 
 
-async def test_drain_finishes_what_runs_and_stops(server: LlmServer) -> None:
+@pytest.fixture
+def doomed(tmp_path: Path) -> Iterator[LlmServer]:
+    """A server to be drained."""
+    with administered(tmp_path) as started:
+        yield started
+
+
+async def test_drain_finishes_what_runs_and_stops(doomed: LlmServer) -> None:
+    server = doomed
     running = asyncio.create_task(complete(server, max_tokens=40))
     await asyncio.to_thread(server.wait_for_metric, "llm_requests_running", 1)
     async with admin(server) as stub:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,7 +14,7 @@ import pytest
 
 from vqserve.common.errors import HTTP_STATUS
 from vqserve.common.testing import grpc_failure
-from vqserve.generation.testing import ANSWER, CONTEXT_LENGTH, LlmServer
+from vqserve.generation.testing import ANSWER, CONTEXT_LENGTH, LlmServer, embedded_llmd
 from vqstack.generation.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -390,11 +390,11 @@ async def test_unknown_routes_answer_in_the_same_shape(
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_conversation_needs_a_chat_template(
-    start: Callable[..., LlmServer],
-) -> None:
-    server = start("plain")
-    async with httpx.AsyncClient(base_url=server.http_url) as client:
+async def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
+    async with (
+        embedded_llmd(tmp_path / "plain") as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
         response = await client.post(CHAT, json={"messages": HELLO})
         assert response.status_code == 400
         assert response.json()["error"]["reason"] == "NO_CHAT_TEMPLATE"

@@ -26,17 +26,23 @@ if TYPE_CHECKING:
 
 Start = Callable[..., LlmServer]
 
-# 200 steps of 20 ms: nobody here waits for the end.
+# 250 steps of 40 ms: nobody here waits for the end.
 ENDLESS = pb.GenerateRequest(
-    prompt="x", sampling=pb.SamplingParams(max_tokens=200, ignore_eos=True)
+    prompt="x", sampling=pb.SamplingParams(max_tokens=250, ignore_eos=True)
 )
-ENDLESS_BODY: dict[str, Any] = {"prompt": "x", "max_tokens": 200, "ignore_eos": True}
+ENDLESS_BODY: dict[str, Any] = {"prompt": "x", "max_tokens": 250, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def slow(start: Start) -> LlmServer:
-    """A server that takes 20 ms a token."""
+    """A server that takes 40 ms a token."""
     return start("slow")
+
+
+@pytest.fixture(scope="module")
+def narrow(start: Start) -> LlmServer:
+    """A slow server that runs one request and lets one more wait."""
+    return start("slow", "--max-num-sequences", "1", "--max-concurrent-requests", "2")
 
 
 @asynccontextmanager
@@ -110,7 +116,7 @@ async def test_closing_an_event_stream_frees_the_sequence(slow: LlmServer) -> No
 
 def test_a_killed_connection_frees_the_sequence(slow: LlmServer) -> None:
     counted = Counted(slow)
-    body = b'{"prompt": "x", "max_tokens": 200}'
+    body = b'{"prompt": "x", "max_tokens": 250}'
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", slow.ports.http)) as connection:
         connection.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
@@ -142,8 +148,8 @@ async def test_one_departure_leaves_the_others_alone(slow: LlmServer) -> None:
     await asyncio.to_thread(counted.check_freed)
 
 
-async def test_a_full_queue_answers_429_and_resource_exhausted(start: Start) -> None:
-    server = start("slow", "--max-num-sequences", "1", "--max-concurrent-requests", "2")
+async def test_a_full_queue_answers_429_and_resource_exhausted(narrow: LlmServer) -> None:
+    server = narrow
     async with connected(server) as stub, httpx.AsyncClient(base_url=server.http_url) as http:
         running = stub.Generate(ENDLESS)
         await running.read()
@@ -173,8 +179,8 @@ async def test_a_full_queue_answers_429_and_resource_exhausted(start: Start) -> 
         assert answer.status_code == 200
 
 
-async def test_a_request_can_be_cancelled_while_it_waits(start: Start) -> None:
-    server = start("slow", "--max-num-sequences", "1")
+async def test_a_request_can_be_cancelled_while_it_waits(narrow: LlmServer) -> None:
+    server = narrow
     async with connected(server) as stub:
         running = stub.Generate(ENDLESS)
         await running.read()

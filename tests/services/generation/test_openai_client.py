@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from vqserve.generation.testing import ANSWER, LlmServer
+from vqserve.generation.testing import ANSWER, LlmServer, embedded_llmd
 
 QUESTION = "What is on the picture?"
 
@@ -170,32 +171,27 @@ async def test_the_wire_format_of_a_stream(http: httpx.AsyncClient) -> None:
     assert first["object"] == "chat.completion.chunk"
 
 
-async def test_a_silent_stream_sends_comments_that_clients_ignore(
-    start: Callable[..., LlmServer],
-) -> None:
-    server = start("slow", "--heartbeat-seconds", "0.002")
+async def test_a_silent_stream_sends_comments_that_clients_ignore(tmp_path: Path) -> None:
     body = {"prompt": "x", "max_tokens": 4, "temperature": 0, "stream": True}
     async with (
-        httpx.AsyncClient(base_url=server.http_url) as http,
-        http.stream("POST", "/v1/completions", json=body) as response,
+        embedded_llmd(tmp_path / "slow", heartbeat_seconds=0.002) as url,
+        httpx.AsyncClient(base_url=url) as http,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
-        events = (await response.aread()).decode()
-    assert ": ping\n\n" in events
-    assert events.endswith("data: [DONE]\n\n")
-    async with AsyncOpenAI(base_url=f"{server.http_url}/v1", api_key="none") as client:
+        events = (await http.post("/v1/completions", json=body)).text
+        assert ": ping\n\n" in events
+        assert events.endswith("data: [DONE]\n\n")
         stream = await client.completions.create(
             model="slow", prompt="x", max_tokens=4, temperature=0, stream=True
         )
         assert "".join([chunk.choices[0].text async for chunk in stream]) == ANSWER[:4]
 
 
-async def test_a_failure_in_mid_stream_is_an_error_event(
-    start: Callable[..., LlmServer],
-) -> None:
-    server = start("broken")
-    async with AsyncOpenAI(
-        base_url=f"{server.http_url}/v1", api_key="none", max_retries=0
-    ) as client:
+async def test_a_failure_in_mid_stream_is_an_error_event(tmp_path: Path) -> None:
+    async with (
+        embedded_llmd(tmp_path / "broken") as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         stream = await client.completions.create(
             model="broken", prompt="x", max_tokens=9, stream=True
         )
