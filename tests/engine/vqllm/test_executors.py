@@ -109,6 +109,32 @@ def test_a_batch_decodes_as_its_members_do_alone(
     np.testing.assert_allclose(logits, expected[[47]], atol=TOLERANCE)
 
 
+def test_a_batch_changes_no_bit_of_its_members_logits(tiny_folder: Path, tmp_path: Path) -> None:
+    executor = OnnxExecutor(quantized(tiny_folder, tmp_path / "q"), 128, 4, 1)
+
+    def decode(num_mates: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        caches = [executor.allocate() for _ in range(1 + num_mates)]
+        for index, cache in enumerate(caches):
+            executor.prefill(cache, TOKENS[index : 10 + 3 * index])
+        steps = [executor.decode(caches, TOKENS[s : s + len(caches)])[0] for s in range(5)]
+        for cache in caches:
+            executor.free(cache)
+        return steps
+
+    alone = decode(0)
+    for num_mates in (1, 3):
+        for expected, found in zip(alone, decode(num_mates), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_more_sequences_than_caches_is_our_own_mistake(tiny_folder: Path) -> None:
+    executor = OnnxExecutor(Checkpoint(tiny_folder), 128, 2, 1)
+    executor.allocate()
+    executor.allocate()
+    with pytest.raises(RuntimeError, match="all 2 KV caches"):
+        executor.allocate()
+
+
 def test_the_graph_is_made_once(tiny_folder: Path) -> None:
     OnnxExecutor(Checkpoint(tiny_folder), 128, 1, 1)
     made = list((tiny_folder / "onnx").rglob("model.onnx"))
