@@ -106,9 +106,16 @@ def attend(
     values = _heads(F.linear(normed, linears["self_attn.v_proj"]), config.head_dim)
     keys, values = cache.append(rotary.rotate(keys, start), values)
     num_new, num_all = queries.shape[2], keys.shape[2]
-    mask = torch.ones(num_new, num_all, dtype=torch.bool).tril(num_all - num_new)
+    mask = None
+    if start > 0:  # torch's own causal mask aligns the first query with the first key
+        mask = torch.ones(num_new, num_all, dtype=torch.bool).tril(num_all - num_new)
     context = F.scaled_dot_product_attention(
-        rotary.rotate(queries, start), keys, values, attn_mask=mask, enable_gqa=True
+        rotary.rotate(queries, start),
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,
     )
     return context.transpose(1, 2).flatten(2)
 
