@@ -27,6 +27,11 @@ from scq.layer import SCQLayer
 _FORMAT = "scq-model-1"
 # What a receiver needs to turn codes into a picture; encoders may differ between senders.
 _HASHED_PREFIXES = ("decoder.", "quantizer.codebook")
+# Named one by one, so that a config field added later does not rename every model there is.
+_HASHED_FIELDS = (
+    "name", "kind", "stride", "max_width", "max_height", "code_dim", "num_codes", "max_support",
+    "denominator", "patch", "decoder_widths", "decoder_blocks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class ModelConfig:
     `kind` is "frame" (any size, padded to the stride) or "crop" (always max_width x max_height).
     `encoder_widths` and `decoder_widths` are channels from the finest level to the coarsest, one
     level per halving; `patch` is the pixel-unshuffle in front of the finest, so that
-    patch * 2^(levels - 1) = stride.
+    patch * 2^(levels - 1) = stride. `head_pooling` "mean" averages the head's features over any
+    grid; "grid" keeps every position apart and so needs kind "crop".
 
     Raises:
         ScqError: a field out of range, naming it.
@@ -59,6 +65,7 @@ class ModelConfig:
     decoder_widths: tuple[int, ...] = (64, 80, 128)
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
     head_width: int = 96
+    head_pooling: Literal["mean", "grid"] = "mean"
 
     def __post_init__(self) -> None:
         if not self.name or self.kind not in ("frame", "crop"):
@@ -70,6 +77,10 @@ class ModelConfig:
         if self.max_width % self.stride or self.max_height % self.stride:
             raise ScqError(
                 f"{self.max_width}x{self.max_height} is not a multiple of stride {self.stride}"
+            )
+        if self.head_pooling != "mean" and (self.head_pooling, self.kind) != ("grid", "crop"):
+            raise ScqError(
+                f"head_pooling {self.head_pooling!r} does not fit kind {self.kind!r}; use 'mean'"
             )
         if not self.lam >= 0:
             raise ScqError(f"lam must be >= 0, got {self.lam}")
@@ -85,6 +96,13 @@ class ModelConfig:
                 f"patch {self.patch} and {levels} levels give stride "
                 f"{self.patch * 2 ** max(levels - 1, 0)}, not {self.stride}"
             )
+
+    @property
+    def head_positions(self) -> int:
+        """How many grid positions the head's last layer sees apart from each other."""
+        if self.head_pooling == "mean":
+            return 1
+        return (self.max_width // self.stride) * (self.max_height // self.stride)
 
     @property
     def lattice(self) -> LatticeCode:
@@ -131,20 +149,21 @@ class ResidualBlock(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """Labels from a decoded grid: two 3x3 convolutions, mean pool, linear. Any grid size."""
+    """Labels from a decoded grid: two 3x3 convolutions, pooling, linear."""
 
-    def __init__(self, code_dim: int, width: int, num_classes: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.first = nn.Conv2d(code_dim, width, 3, padding=1)
+        width, self.positions = config.head_width, config.head_positions
+        self.first = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
         self.dropout = nn.Dropout(0.3)
-        self.linear = nn.Linear(width, num_classes)
+        self.linear = nn.Linear(width * self.positions, len(config.classes))
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, code_dim, h, w) -> (B, num_classes) logits."""
         hidden = functional.silu(self.first(grid))
         hidden = functional.silu(self.second(hidden) + hidden)
-        pooled = hidden.mean(dim=(2, 3))
+        pooled = hidden.mean(dim=(2, 3)) if self.positions == 1 else hidden.flatten(1)
         logits: Tensor = self.linear(self.dropout(pooled))
         return logits
 
@@ -164,7 +183,7 @@ class ScqAutoencoder(nn.Module):
         self.decoder = _build_decoder(config)
         self.head: ClassifierHead | None = None
         if config.classes:
-            self.head = ClassifierHead(config.code_dim, config.head_width, len(config.classes))
+            self.head = ClassifierHead(config)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, h, w, F). Raises InvalidImage on a wrong shape."""
@@ -221,12 +240,14 @@ class ScqAutoencoder(nn.Module):
 
 
 def model_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> str:
-    """Hex SHA-256 over config, decoder and codebook exactly as stored.
+    """Hex SHA-256 over what a receiver decodes with: codebook, decoder and their config, as stored.
 
     Encoder and head are left out on purpose: a better encoder for the same decoder and codebook
     writes codes that every receiver of the old model can read.
     """
-    digest = hashlib.sha256(config.to_json().encode())
+    values = asdict(config)
+    hashed = json.dumps([values[name] for name in _HASHED_FIELDS], separators=(",", ":"))
+    digest = hashlib.sha256(hashed.encode())
     for name in sorted(name for name in tensors if name.startswith(_HASHED_PREFIXES)):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

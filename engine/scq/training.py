@@ -1,4 +1,4 @@
-"""Training an SCQ autoencoder in four phases, with the lattice coder in the loop.
+"""Training an SCQ autoencoder in five phases, with the lattice coder in the loop.
 
 1. identity  - encoder and decoder alone, to have latents; ends with a k-means / least-squares
                codebook fitted to them.
@@ -8,6 +8,7 @@
                through plus commitment; a share of images uses one code only (nested dropout over
                the support), dead codes restart from latents.
 4. finetune  - averaged encoder and codebook are frozen; decoder and head learn the coded latents.
+5. head      - the decoder is frozen too: only the classifier head goes on, at a third of the cost.
 
 Weights are averaged (EMA) throughout and the average is what is exported. Every step draws from
 generators seeded by (seed, step), so that a resumed run continues as if it had not stopped. This
@@ -201,11 +202,12 @@ class _Trainer:
         config, step = self.config, self.state.step
         if step == config.identity_steps:
             self._fit_codebook()
-        if config.phase(step) == "finetune":
-            if config.phase(step - 1) != "finetune":
+        if config.phase(step) in ("finetune", "head"):
+            if config.phase(step - 1) == "lattice":
                 self.state.model.load_state_dict(self.state.average.state_dict())
             self.state.model.encoder.requires_grad_(False)
             self.state.model.quantizer.requires_grad_(False)
+            self.state.model.decoder.requires_grad_(config.phase(step) == "finetune")
         for group in self.state.optimizer.param_groups:
             group["lr"] = config.step_learning_rate(step) * group["rate_factor"]
 
@@ -229,21 +231,23 @@ class _Trainer:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             latents = model.encode(batch.images).float()
         quantized, penalty = self._quantize(latents, rng)
+        class_loss, accuracy = self._class_loss(quantized, batch.labels)
+        if config.phase(self.state.step) == "head":
+            return _StepLosses(class_loss, math.nan, math.nan, class_loss.item(), accuracy)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             decoded = model.decode_unclamped(quantized).float()
         squared_error = functional.mse_loss(decoded, batch.images)
-        total = squared_error / _PIXEL_VARIANCE + penalty
-        class_loss, accuracy = torch.zeros(()), math.nan
-        if batch.labels is not None and model.head is not None:
-            logits = model.classify(quantized)
-            class_loss = functional.cross_entropy(
-                logits, batch.labels, label_smoothing=config.label_smoothing
-            )
-            accuracy = float((logits.argmax(dim=1) == batch.labels).float().mean())
-            total = total + config.class_weight * class_loss
+        total = squared_error / _PIXEL_VARIANCE + penalty + config.class_weight * class_loss
         return _StepLosses(
             total, squared_error.item(), float(penalty.detach()), class_loss.item(), accuracy
         )
+
+    def _class_loss(self, quantized: Tensor, labels: Tensor | None) -> tuple[Tensor, float]:
+        if labels is None or self.config.class_weight == 0:
+            return torch.zeros(()), math.nan
+        logits = self.state.model.classify(quantized)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        return loss, float((logits.argmax(dim=1) == labels).float().mean())
 
     def _quantize(self, latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Latents as the phase's decoder sees them, and the quantization error to penalise."""
@@ -387,7 +391,7 @@ def validate(model: ScqAutoencoder, images: ImageSet, limit: int) -> _Validation
 
 
 def _psnr_db(squared_error: float) -> float:
-    return -10 * math.log10(max(squared_error, 1e-12))
+    return -10 * math.log10(squared_error) if squared_error else math.inf
 
 
 def _progress(row: _LogRow, config: TrainConfig) -> TrainProgress:

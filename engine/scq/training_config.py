@@ -14,10 +14,11 @@ from scq.data import GTSRB_CLASSES, CropConfig, ImageSet, hold_out_random, hold_
 from scq.errors import ScqError
 from scq.model import ModelConfig
 
-PhaseName = Literal["identity", "soft", "lattice", "finetune"]
+PhaseName = Literal["identity", "soft", "lattice", "finetune", "head"]
 
 _LR_WARMUP_STEPS = 100
 _LR_FLOOR = 0.05
+_FINETUNE_RATE = 0.3
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class TrainConfig:
     soft_steps: int = 100
     lattice_steps: int = 7000
     finetune_steps: int = 1200
+    head_steps: int = 0
     batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -64,12 +66,13 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1)
         for name in ("soft_steps", "finetune_steps", "weight_decay", "commitment", "class_weight"):
             self._require(name, getattr(self, name) >= 0)
-        for name in ("codebook_pull", "codebook_rate_factor"):
+        for name in ("codebook_pull", "codebook_rate_factor", "head_steps"):
             self._require(name, getattr(self, name) >= 0)
         for name in ("single_code_share", "ema_decay", "hold_out_fraction", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1)
         self._require("learning_rate", self.learning_rate > 0)
         self._require("hold_out", self.hold_out in ("tail", "random", "none"))
+        self._require("head_steps", self.head_steps == 0 or self.class_weight > 0)
         self._require("crop", self.crop.size % self.model.stride == 0)
 
     def _require(self, name: str, valid: bool) -> None:
@@ -79,7 +82,15 @@ class TrainConfig:
     @property
     def total_steps(self) -> int:
         """Optimizer updates of all phases together."""
-        return self.identity_steps + self.soft_steps + self.lattice_steps + self.finetune_steps
+        return self._decoder_end + self.head_steps
+
+    @property
+    def _lattice_end(self) -> int:
+        return self.identity_steps + self.soft_steps + self.lattice_steps
+
+    @property
+    def _decoder_end(self) -> int:
+        return self._lattice_end + self.finetune_steps
 
     def phase(self, step: int) -> PhaseName:
         """The phase that `step` (from 0) belongs to."""
@@ -87,17 +98,20 @@ class TrainConfig:
             return "identity"
         if step < self.identity_steps + self.soft_steps:
             return "soft"
-        return "lattice" if step < self.total_steps - self.finetune_steps else "finetune"
+        if step < self._lattice_end:
+            return "lattice"
+        return "finetune" if step < self._decoder_end else "head"
 
     def step_learning_rate(self, step: int) -> float:
-        """Linear warm-up and cosine to a floor; phase 4 starts again at 0.3 and ends at 0."""
-        main = self.total_steps - self.finetune_steps
-        if step < main:
-            cosine = 0.5 * (1 + math.cos(math.pi * step / main))
+        """Phases 1-3: linear warm-up, then cosine to a floor. Phases 4 and 5: cosine to zero."""
+        if step < self._lattice_end:
             ramp = min(1.0, (step + 1) / _LR_WARMUP_STEPS)
-            return self.learning_rate * ramp * (_LR_FLOOR + (1 - _LR_FLOOR) * cosine)
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - main) / self.finetune_steps))
-        return 0.3 * self.learning_rate * cosine
+            falling = _LR_FLOOR + (1 - _LR_FLOOR) * _cosine(step / self._lattice_end)
+            return self.learning_rate * ramp * falling
+        if step < self._decoder_end:
+            share = (step - self._lattice_end) / self.finetune_steps
+            return _FINETUNE_RATE * self.learning_rate * _cosine(share)
+        return self.learning_rate * _cosine((step - self._decoder_end) / self.head_steps)
 
     def to_json(self) -> str:
         """Indented JSON; `from_json` reads it back."""
@@ -118,6 +132,11 @@ class TrainConfig:
             raise ScqError(f"training config is not valid: {error!r}") from error
 
 
+def _cosine(share: float) -> float:
+    """From 1 at share 0 to 0 at share 1."""
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
 _FRAME_CROP = CropConfig(size=128, min_scale=0.8, max_scale=2.2)
 
 PRESETS: dict[str, TrainConfig] = {
@@ -131,17 +150,27 @@ PRESETS: dict[str, TrainConfig] = {
         crop=replace(_FRAME_CROP, max_scale=1.75, jitter=0.1),
         lattice_steps=5000,
         finetune_steps=1000,
+        head_steps=6000,
         class_weight=0.03,
     ),
     "sign32": TrainConfig(
-        model=ModelConfig("sign32", "crop", stride=8, max_width=32, max_height=32, patch=2),
-        crop=CropConfig(size=32, min_scale=0.85, max_scale=1.15, flip=False, pad=3, jitter=0.3),
+        model=ModelConfig(
+            "sign32",
+            "crop",
+            stride=8,
+            max_width=32,
+            max_height=32,
+            patch=2,
+            head_pooling="grid",
+        ),
+        crop=CropConfig(size=32, min_scale=0.8, max_scale=1.15, flip=False, pad=3, jitter=0.4),
         identity_steps=200,
         soft_steps=50,
-        lattice_steps=2500,
-        finetune_steps=600,
+        lattice_steps=4000,
+        finetune_steps=800,
         batch_size=64,
-        class_weight=0.1,
+        learning_rate=1.5e-3,
+        class_weight=0.5,
         hold_out="none",
     ),
 }

@@ -87,6 +87,8 @@ def test_a_model_without_classes_cannot_classify() -> None:
         ({"max_width": 63}, "63x48"),
         ({"decoder_widths": (8,)}, "decoder_widths"),
         ({"lam": float("nan")}, "lam"),
+        ({"head_pooling": "grid"}, "head_pooling 'grid' does not fit kind 'frame'"),
+        ({"head_pooling": "max"}, "head_pooling 'max'"),
         ({"code_dim": 0}, "code_dim"),
         ({"max_support": 9}, "max_support 9"),
     ],
@@ -131,6 +133,15 @@ def test_model_id_covers_decoder_codebook_and_config_only() -> None:
     assert changed("quantizer.codebook") != original
     assert changed("decoder.0.bias") != original
     assert model_id(tensors, replace(TINY, denominator=8)) != original
+    assert model_id(tensors, replace(TINY, lam=0.5, classes=())) == original
+
+
+def test_a_grid_head_sees_every_position_apart() -> None:
+    config = replace(TINY, kind="crop", max_width=24, max_height=16, head_pooling="grid")
+    model = ScqAutoencoder(config).eval()
+    assert model.head is not None
+    assert model.head.linear.in_features == 3 * 2 * TINY.head_width
+    assert model.classify(torch.randn(5, 2, 3, 4)).shape == (5, 2)
 
 
 def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:

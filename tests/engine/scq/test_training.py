@@ -45,6 +45,7 @@ TINY = TrainConfig(
     soft_steps=5,
     lattice_steps=35,
     finetune_steps=10,
+    head_steps=5,
     batch_size=8,
     learning_rate=4e-3,
     class_weight=0.05,
@@ -78,8 +79,10 @@ def log_column(folder: Path, name: str) -> list[str]:
 def test_all_phases_learn_pictures_and_classes(tmp_path: Path) -> None:
     heard: list[TrainProgress] = []
     result = train(TINY, two_colour_pictures(), tmp_path, progress=heard.append)
-    assert [item.step for item in heard] == list(range(1, 81))
-    assert [heard[i].phase for i in (0, 30, 35, 79)] == ["identity", "soft", "lattice", "finetune"]
+    assert [item.step for item in heard] == list(range(1, 86))
+    phases = [heard[i].phase for i in (0, 29, 30, 34, 35, 69, 70, 79, 80, 84)]
+    names = ["identity", "soft", "lattice", "finetune", "head"]
+    assert phases == [name for name in names for _ in range(2)]
     assert all(math.isfinite(item.loss) for item in heard)
     assert result.validation_psnr_db > heard[0].psnr_db + 4
     assert result.validation_accuracy == 1
@@ -87,7 +90,7 @@ def test_all_phases_learn_pictures_and_classes(tmp_path: Path) -> None:
     assert model.model_hash == result.model_hash
     assert model.config.classes == ("cold", "warm")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
-    assert log_column(tmp_path, "step") == [str(step) for step in range(1, 81)]
+    assert log_column(tmp_path, "step") == [str(step) for step in range(1, 86)]
 
 
 def test_equal_seeds_give_equal_models(tmp_path: Path) -> None:
@@ -104,7 +107,8 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         identity_steps=4,
         soft_steps=2,
         lattice_steps=8,
-        finetune_steps=4,
+        finetune_steps=2,
+        head_steps=2,
         checkpoint_interval=9,
     )
     images = two_colour_pictures()
@@ -141,7 +145,13 @@ def test_pictures_without_classes_train_a_model_without_head(tmp_path: Path) -> 
     labelled = two_colour_pictures()
     images = ImageSet(labelled.images, labelled.names)
     config = replace(
-        TINY, identity_steps=2, soft_steps=0, lattice_steps=2, finetune_steps=1, class_weight=0.0
+        TINY,
+        identity_steps=2,
+        soft_steps=0,
+        lattice_steps=2,
+        finetune_steps=1,
+        head_steps=0,
+        class_weight=0.0,
     )
     result = train(config, images, tmp_path)
     assert load_model(result.model_path).head is None
@@ -167,13 +177,16 @@ def test_numbered_sign_folders_get_their_names() -> None:
 
 
 def test_learning_rate_warms_up_falls_and_restarts_for_finetuning() -> None:
-    config = replace(TINY, lattice_steps=965, finetune_steps=200)
+    config = replace(TINY, lattice_steps=965, finetune_steps=200, head_steps=0)
     rates = [config.step_learning_rate(step) for step in range(config.total_steps)]
     assert rates[0] == pytest.approx(config.learning_rate / 100)
     assert max(rates) == pytest.approx(config.learning_rate, rel=0.03)
     assert rates[999] < 0.06 * config.learning_rate
     assert rates[1000] == pytest.approx(0.3 * config.learning_rate)
     assert rates[-1] < 1e-3 * config.learning_rate
+    longer = replace(config, head_steps=100)
+    assert [longer.step_learning_rate(step) for step in range(1200)] == rates
+    assert longer.step_learning_rate(1200) == config.learning_rate
 
 
 @pytest.mark.parametrize("mode", ["tail", "random", "none"])
@@ -208,11 +221,12 @@ def test_other_json_is_no_training_config(text: str) -> None:
         ("ema_decay", 1.0),
         ("hold_out", "half"),
         ("soft_steps", -1),
+        ("class_weight", 0.0),
         ("crop", CropConfig(size=30)),
     ],
 )
 def test_configs_name_the_bad_field(name: str, value: object) -> None:
-    with pytest.raises(ScqError, match=name):
+    with pytest.raises(ScqError, match="head_steps" if name == "class_weight" else name):
         replace(TINY, **{name: value})  # type: ignore[arg-type]
 
 
