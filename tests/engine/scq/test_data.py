@@ -129,7 +129,7 @@ def test_splits_with_an_empty_side_are_refused(fraction: float) -> None:
 
 @pytest.mark.parametrize(("scale", "pad"), [(0.5, 0), (1.0, 0), (2.0, 0), (9.0, 0), (1.1, 3)])
 def test_crops_have_the_size_asked_for(scale: float, pad: int) -> None:
-    crop = CropConfig(size=16, min_scale=scale, max_scale=scale, pad=pad, jitter=0.3)
+    crop = CropConfig(16, min_scale=scale, max_scale=scale, pad=pad, jitter=0.3, colour=0.5)
     batch = sample_batch(ramp(5), crop, 7, np.random.default_rng(0))
     assert batch.images.shape == (7, 3, 16, 16)
     assert batch.images.dtype == torch.float32
@@ -147,6 +147,17 @@ def test_crops_carry_their_own_label() -> None:
     assert torch.equal(levels, batch.labels)
 
 
+def test_recolouring_changes_saturation_both_ways_and_leaves_the_rest() -> None:
+    reddish = np.full((8, 8, 3), (140, 100, 100), np.uint8)
+    images = ImageSet((reddish,), ("red",))
+    crop = CropConfig(size=8, min_scale=1, max_scale=1, colour=0.8)
+    colours = sample_batch(images, crop, 200, np.random.default_rng(0)).images[:, :, 0, 0]
+    redness = colours[:, 0] / colours[:, 1:].mean(dim=1)
+    assert float(redness.max()) > 1.7
+    assert float(redness.min()) < 1.15
+    assert float(colours.mean()) == pytest.approx(113 / 255, abs=0.01)
+
+
 def test_batches_repeat_for_equal_generators() -> None:
     images, crop = ramp(9), CropConfig(size=8, jitter=0.2)
     first, second = (sample_batch(images, crop, 4, np.random.default_rng(7)) for _ in range(2))
@@ -154,7 +165,8 @@ def test_batches_repeat_for_equal_generators() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": 0}, {"min_scale": 0}, {"min_scale": 3}, {"pad": -1}, {"jitter": 1}]
+    "change",
+    [{"size": 0}, {"min_scale": 0}, {"min_scale": 3}, {"pad": -1}, {"jitter": 1}, {"colour": 2}],
 )
 def test_impossible_crops_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ScqError, match=r"crop size|min_scale"):
