@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vqllm.errors import InvalidSampling
-from vqllm.runtime.sampling import Sampler, SamplingParams
+from vqllm.runtime.sampling import Sampler, SamplingParams, _distribution
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
 
@@ -47,6 +47,10 @@ def test_temperature_zero_takes_the_most_probable_token() -> None:
     assert Sampler(SamplingParams(temperature=0)).choose(LOGITS, [], []) == 0
 
 
+def test_the_coldest_temperature_is_greedy() -> None:
+    assert Sampler(SamplingParams(temperature=1e-300, seed=1)).choose(LOGITS, [], []) == 0
+
+
 def test_plain_sampling_follows_the_distribution() -> None:
     found = frequencies(SamplingParams(seed=1))
     np.testing.assert_allclose(found, [0.5, 0.3, 0.15, 0.05], atol=0.03)
@@ -60,6 +64,17 @@ def test_top_k_keeps_the_most_probable() -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     found = frequencies(SamplingParams(seed=1, top_p=0.75))
     np.testing.assert_allclose(found, [0.625, 0.375, 0, 0], atol=0.03)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_is_that_of_a_full_sort(top_p: float) -> None:
+    logits = (3 * np.random.default_rng(4).standard_normal(5000)).astype(np.float32)
+    probabilities = np.exp(logits.astype(np.float64))
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities)
+    size = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
+    token_ids, _ = _distribution(logits, SamplingParams(top_p=top_p))
+    assert sorted(token_ids.tolist()) == sorted(order[:size].tolist())
 
 
 def test_a_tiny_top_p_still_keeps_one_token() -> None:
