@@ -45,6 +45,7 @@ __all__ = [
     "TrainConfig",
     "TrainProgress",
     "TrainResult",
+    "Validation",
     "split",
     "train",
     "validate",
@@ -102,7 +103,9 @@ class _LogRow:
 
 
 @dataclass(frozen=True)
-class _Validation:
+class Validation:
+    """Mean PSNR and top-1 accuracy of coded pictures; NaN where there was nothing to measure."""
+
     psnr_db: float = math.nan
     accuracy: float = math.nan
 
@@ -125,12 +128,12 @@ def train(
     stopping at any time leaves a usable one.
 
     Raises:
-        ScqError: `output` holds another run's checkpoint, or labels do not fit the classes.
+        ScqError: a checkpoint of another run, or labels that do not fit the classes.
     """
     config = with_classes(config, images)
     if validation is None:
         images, validation = split(config, images)
-    _check_labels(config, images)
+    _check_labels(config, images, validation)
     output.mkdir(parents=True, exist_ok=True)
     trainer = _Trainer(config, images, validation, output)
     if resume:
@@ -141,10 +144,15 @@ def train(
     return trainer.run(progress or (lambda _: None))
 
 
-def _check_labels(config: TrainConfig, images: ImageSet) -> None:
+def _check_labels(config: TrainConfig, images: ImageSet, validation: ImageSet | None) -> None:
     classes = len(config.model.classes)
     if config.class_weight and (not images.labels or max(images.labels) >= classes):
         raise ScqError(f"labels do not fit the model's {classes} classes")
+    if validation is not None and validation.labels and validation.classes != images.classes:
+        raise ScqError(
+            f"validation pictures have {len(validation.classes)} class folders, training pictures "
+            f"{len(images.classes)}; give both the same ones"
+        )
 
 
 class _Trainer:
@@ -155,7 +163,7 @@ class _Trainer:
     ) -> None:
         self.config, self.images, self.validation, self.output = config, images, validation, output
         self.state = new_state(config)
-        self.validated = _Validation()
+        self.validated = Validation()
 
     def run(self, progress: ProgressCallback) -> TrainResult:
         while self.state.step < self.config.total_steps:
@@ -336,9 +344,9 @@ class _Trainer:
             ):
                 average.lerp_(weight, 1 - decay)
 
-    def _validate(self) -> _Validation:
+    def _validate(self) -> Validation:
         if self.validation is None or self.state.step <= self.config.identity_steps:
-            return _Validation()
+            return Validation()
         return validate(self.state.average, self.validation, self.config.validation_images)
 
     def _row(self, losses: _StepLosses, restarted: int, seconds: float) -> _LogRow:
@@ -369,7 +377,7 @@ class _Trainer:
             )
 
 
-def validate(model: ScqAutoencoder, images: ImageSet, limit: int) -> _Validation:
+def validate(model: ScqAutoencoder, images: ImageSet, limit: int) -> Validation:
     """Coded PSNR and accuracy on up to `limit` evenly spaced images, cropped to the stride."""
     stride = model.config.stride
     errors, hits = [], []
@@ -387,7 +395,7 @@ def validate(model: ScqAutoencoder, images: ImageSet, limit: int) -> _Validation
                 label = int(model.classify(coded).argmax())
                 hits.append(label == images.labels[position])
     accuracy = sum(hits) / len(hits) if hits else math.nan
-    return _Validation(float(np.mean([_psnr_db(error) for error in errors])), accuracy)
+    return Validation(float(np.mean([_psnr_db(error) for error in errors])), accuracy)
 
 
 def _psnr_db(squared_error: float) -> float:

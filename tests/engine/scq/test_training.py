@@ -167,6 +167,13 @@ def test_a_class_loss_needs_class_folders(tmp_path: Path) -> None:
         train(named, labelled, tmp_path)
 
 
+def test_validation_pictures_need_the_same_class_folders(tmp_path: Path) -> None:
+    images = two_colour_pictures()
+    other = ImageSet(images.images, images.names, images.labels, ("warm", "cold"))
+    with pytest.raises(ScqError, match="give both the same ones"):
+        train(TINY, images, tmp_path, validation=other)
+
+
 def test_numbered_sign_folders_get_their_names() -> None:
     images = two_colour_pictures(4)
     folders = tuple(f"{number:02d}" for number in range(43))
