@@ -101,6 +101,12 @@ class InvalidArgument(ServiceError):
     reason = "INVALID_ARGUMENT"
 
 
+class MalformedRequest(InvalidArgument):
+    """Bytes that are not the message they should be, or a field of the wrong type."""
+
+    reason = "MALFORMED_REQUEST"
+
+
 class NotFound(ServiceError):
     """The request names something that is not here."""
 

@@ -50,12 +50,6 @@ class InvalidModelPath(InvalidArgument):
     reason = "INVALID_MODEL"
 
 
-class MalformedRequest(InvalidArgument):
-    """A body that is not JSON, or a field of the wrong type."""
-
-    reason = "MALFORMED_REQUEST"
-
-
 class UnknownField(InvalidArgument):
     """A field that the API does not have."""
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import JSONResponse, Response
 
-from vqserve.common.errors import InvalidArgument, ServiceError, http_headers
+from vqserve.common.errors import InvalidArgument, MalformedRequest, ServiceError, http_headers
 from vqserve.generation import errors
 from vqserve.generation.core import Generation, GenerationCore
 from vqserve.generation.models import ServedModel
@@ -152,12 +152,12 @@ def _invalid_body(problem: dict[str, Any]) -> InvalidArgument:
     if kind == "extra_forbidden":
         return errors.UnknownField(f"unknown field {field[:80]!r}; remove it", field=field[:80])
     if kind == "json_invalid":
-        return errors.MalformedRequest(f"the body is not JSON: {context.get('error', '')}")
+        return MalformedRequest(f"the body is not JSON: {context.get('error', '')}")
     if not field:
-        return errors.MalformedRequest(
+        return MalformedRequest(
             "the body is not a JSON object; send one with content-type: application/json"
         )
-    return errors.MalformedRequest(f"{field}: {problem['msg']}", field=field)
+    return MalformedRequest(f"{field}: {problem['msg']}", field=field)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -28,6 +28,7 @@ from vqserve.common.lifecycle import (
     ServiceApp,
     ServiceHost,
     StartupError,
+    listen,
     running,
 )
 from vqserve.common.runtime import Runtime
@@ -174,6 +175,37 @@ async def test_a_service_error_arrives_whole(toy: Toy) -> None:
         'grpc_server_handled_total{grpc_code="NOT_FOUND",grpc_method="UnloadModel",'
         f'grpc_service="{TOY}",grpc_type="unary"}} 1.0',
     )
+
+
+async def test_bytes_that_are_no_message_are_refused_like_any_bad_request(toy: Toy) -> None:
+    async with grpc.aio.insecure_channel(toy.address) as channel:
+        path = f"/{TOY}/UnloadModel"
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await method(b"\xff\xff\xff", timeout=10)
+    failure = grpc_failure(caught.value)
+    assert (failure.code, failure.reason) == ("INVALID_ARGUMENT", "MALFORMED_REQUEST")
+    assert "3 bytes" in failure.message
+    assert await metric(
+        toy,
+        'grpc_server_handled_total{grpc_code="INVALID_ARGUMENT",grpc_method="UnloadModel",'
+        f'grpc_service="{TOY}",grpc_type="unary"}} 1.0',
+    )
+
+
+async def test_http_answers_do_not_wait_for_delayed_acknowledgements() -> None:
+    no_delay: asyncio.Queue[int] = asyncio.Queue()
+
+    def look(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted: socket.socket = writer.get_extra_info("socket")
+        no_delay.put_nowait(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    listener = listen("127.0.0.1", 0)
+    async with await asyncio.start_server(look, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await no_delay.get() != 0
+        writer.close()
 
 
 async def test_an_unexpected_error_is_logged_and_not_leaked(

@@ -174,6 +174,20 @@ async def test_an_empty_stream_is_refused_over_grpc(service: ServiceProcess) -> 
         await over_grpc(service.grpc_address, [])
 
 
+async def test_undecodable_bytes_end_a_grpc_stream_with_the_reason(
+    service: ServiceProcess,
+) -> None:
+    name = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        path = f"/{name}/StreamFrames"
+        method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+        call = method(timeout=20)
+        await call.write(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert grpc_failure(caught.value).reason == "MALFORMED_REQUEST"
+
+
 @pytest.mark.parametrize("message", ["text", b"\xff\xff\xff"])
 async def test_a_websocket_takes_serialized_messages_only(
     service: ServiceProcess, message: str | bytes
