@@ -34,7 +34,7 @@ CacheOption = Annotated[
     Path | None, typer.Option(help="Cache folder; default is the user's cache.", show_default=False)
 ]
 ThreadsOption = Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)]
-ExecutorOption = Annotated[str, typer.Option(help="onnx, or the slow reference torch.")]
+ExecutorOption = Annotated[str, typer.Option(help="onnx, native, or the slow reference torch.")]
 
 
 def main() -> None:

@@ -24,6 +24,10 @@ class BlockWeights:
     post_attention_norm: Tensor
     linears: dict[str, Tensor]
 
+    def project(self, part: str, inputs: Tensor) -> Tensor:
+        """Inputs (..., in) through the linear called `part`: (..., out)."""
+        return F.linear(inputs, self.linears[part])
+
 
 @dataclass(frozen=True)
 class RotaryTable:
@@ -100,10 +104,9 @@ def attend(
     """Causal grouped-query attention without the output projection: (b, t, heads * head_dim)."""
     cache = cache or KvCache()
     start = cache.length
-    linears = weights.linears
-    queries = _heads(F.linear(normed, linears["self_attn.q_proj"]), config.head_dim)
-    keys = _heads(F.linear(normed, linears["self_attn.k_proj"]), config.head_dim)
-    values = _heads(F.linear(normed, linears["self_attn.v_proj"]), config.head_dim)
+    queries = _heads(weights.project("self_attn.q_proj", normed), config.head_dim)
+    keys = _heads(weights.project("self_attn.k_proj", normed), config.head_dim)
+    values = _heads(weights.project("self_attn.v_proj", normed), config.head_dim)
     keys, values = cache.append(rotary.rotate(keys, start), values)
     num_new, num_all = queries.shape[2], keys.shape[2]
     mask = None
@@ -122,9 +125,8 @@ def attend(
 
 def gate(normed: Tensor, weights: BlockWeights) -> Tensor:
     """The gated activation between the up and the down projection: (b, t, intermediate)."""
-    linears = weights.linears
-    gates = F.silu(F.linear(normed, linears["mlp.gate_proj"]))
-    return gates * F.linear(normed, linears["mlp.up_proj"])
+    gates = F.silu(weights.project("mlp.gate_proj", normed))
+    return gates * weights.project("mlp.up_proj", normed)
 
 
 def forward_block(
@@ -137,9 +139,9 @@ def forward_block(
     """One whole block, (b, t, d) to (b, t, d); appends to `cache` when one is given."""
     normed = rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
     context = attend(normed, weights, config, rotary, cache)
-    hidden = hidden + F.linear(context, weights.linears["self_attn.o_proj"])
+    hidden = hidden + weights.project("self_attn.o_proj", context)
     normed = rms_norm(hidden, weights.post_attention_norm, config.rms_norm_eps)
-    return hidden + F.linear(gate(normed, weights), weights.linears["mlp.down_proj"])
+    return hidden + weights.project("mlp.down_proj", gate(normed, weights))
 
 
 def _heads(projected: Tensor, head_dim: int) -> Tensor:

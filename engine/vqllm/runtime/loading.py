@@ -32,7 +32,8 @@ def load(
 
     Args:
         folder: holds config.json, safetensors and the tokenizer files.
-        executor: `onnx` (ONNX Runtime) or `torch` (the slow reference).
+        executor: `onnx` (ONNX Runtime), `native` (our 4-bit kernel inside the reference's
+            forward pass) or `torch` (the slow reference).
         config: limits of the engine; None is the defaults.
         num_threads: threads of one matrix product; 0 leaves it to the library.
 
@@ -67,8 +68,12 @@ def make_executor(
         from vqllm.runtime.executors.onnx import OnnxExecutor
 
         return OnnxExecutor(checkpoint, *sizes)
+    if name == "native":
+        from vqllm.runtime.executors.native import NativeExecutor
+
+        return NativeExecutor(checkpoint, *sizes)
     if name == "torch":
         from vqllm.runtime.executors.torch import TorchExecutor
 
         return TorchExecutor(checkpoint, *sizes)
-    raise ExecutorUnavailable(f"no executor is called {name!r}; known: onnx, torch")
+    raise ExecutorUnavailable(f"no executor is called {name!r}; known: native, onnx, torch")

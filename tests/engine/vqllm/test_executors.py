@@ -199,5 +199,5 @@ def test_one_distribution_is_named() -> None:
 
 
 def test_an_unknown_executor_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(ExecutorUnavailable, match="'tpu'; known: onnx, torch"):
+    with pytest.raises(ExecutorUnavailable, match="'tpu'; known: native, onnx, torch"):
         load(tiny_folder, executor="tpu")

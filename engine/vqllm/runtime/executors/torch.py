@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqllm.checkpoint import FINAL_NORM, Checkpoint
-from vqllm.llama import KvCache, RotaryTable, forward_block, load_block, rms_norm
+from vqllm.llama import BlockWeights, KvCache, RotaryTable, forward_block, load_block, rms_norm
 from vqllm.runtime.executors.base import Executor, Logits
 
 
@@ -44,10 +44,14 @@ class TorchExecutor(Executor):
             else torch.from_numpy(checkpoint.head())
         )
         self._final_norm = torch.from_numpy(checkpoint.norm(FINAL_NORM))
-        self._blocks = [load_block(checkpoint, i) for i in range(checkpoint.config.num_layers)]
+        layers = range(checkpoint.config.num_layers)
+        self._blocks = [self._load_block(checkpoint, layer) for layer in layers]
         self._rotary = RotaryTable.build(checkpoint.config, context_length)
         self._caches: dict[int, list[KvCache]] = {}
         self._next_cache = 0
+
+    def _load_block(self, checkpoint: Checkpoint, layer: int) -> BlockWeights:
+        return load_block(checkpoint, layer)
 
     @property
     def providers(self) -> tuple[str, ...]:
