@@ -76,7 +76,7 @@ class CropConfig:
     [min_scale, max_scale] and limited by the picture after padding by `pad` edge pixels.
     `jitter` is the largest relative change of contrast and, halved, of brightness. `colour` is
     the largest change of saturation, as a natural logarithm; each channel's gain changes by up to
-    a quarter of it. Grey footage alone teaches a codebook to drop a red light's red.
+    a quarter of it.
     """
 
     size: int

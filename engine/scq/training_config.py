@@ -142,9 +142,7 @@ _FRAME_CROP = CropConfig(size=128, min_scale=0.8, max_scale=2.2)
 PRESETS: dict[str, TrainConfig] = {
     "nav": TrainConfig(
         model=ModelConfig("nav", "frame", stride=16, max_width=1280, max_height=720),
-        crop=replace(_FRAME_CROP, colour=0.8),
-        lattice_steps=5500,
-        finetune_steps=1000,
+        crop=_FRAME_CROP,
         hold_out="tail",
     ),
     "food": TrainConfig(
