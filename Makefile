@@ -24,7 +24,7 @@ export UV_FIND_LINKS := $(if $(UV_FIND_LINKS),$(UV_FIND_LINKS),$(PIP_FIND_LINKS)
 # Two busy cores and nested thread pools do not mix: one thread per test process.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo serve test check lint types imports proto-check proto format bench load docker-lint tools clean
+.PHONY: help demo serve stop test check lint types imports proto-check proto format bench load docker-lint tools clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ demo: $(VENV)/.ready ## photograph -> codes -> picture, labels and an answer, th
 
 serve: $(VENV)/.ready ## run both services until Ctrl-C
 	@PYTHONPATH=examples $(BIN)/python -m demo.serve
+
+stop: $(VENV)/.ready ## stop the services that make demo left up
+	@PYTHONPATH=examples $(BIN)/python -m demo.background
 
 test: $(VENV)/.ready $(TOOLS)/.ready ## run every test that needs no GPU
 	@$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import contextlib
 import sys
 import urllib.request
 from pathlib import Path
@@ -11,17 +10,16 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.table import Table
 
+from demo import background
 from demo.errors import DemoError
 from demo.pictures import Photograph, default_photographs, users_photographs
-from demo.preparation import LanguageModelFolder, prepare
-from demo.processes import Service, running
+from demo.preparation import prepare
 from demo.side_by_side import compose
 from demo.walk import Answer, FrameReport, ask, recognize_dish, recognize_sign, send_frame
 from vqclient import GenerationClient, Recognized, TokenizerClient, VqError
 
 SHOWN_METRICS = (
     "scq_coded_bytes_total",
-    "scq_source_bytes_total",
     "scq_frame_latency_seconds_count",
     "llm_generation_tokens_total",
     "llm_time_to_first_token_seconds_count",
@@ -33,37 +31,32 @@ def main() -> int:
     options = _parse(sys.argv[1:])
     console = Console()
     try:
-        cache = options.cache
-        if options.images:
-            photographs = users_photographs(options.images)
-        else:
-            photographs = default_photographs(cache / "demo")
-        model = prepare(cache)
-        with contextlib.ExitStack() as stack:
-            tokenizer, llm = start_services(stack, model, options.output, port=0)
-            asyncio.run(_walk(console, photographs, tokenizer, llm, options.output))
-            _show_metrics(console, tokenizer, llm)
+        photographs = (
+            users_photographs(options.images)
+            if options.images
+            else default_photographs(options.cache / "demo")
+        )
+        prepare(options.cache)
+        console.print("Starting tokenizerd and llmd ...")
+        services = background.start(options.output, options.cache, options.keep_seconds)
+        asyncio.run(_walk(console, photographs, services, options.output))
     except (DemoError, VqError) as error:
+        background.stop(options.output)
         console.print(f"[red]demo failed:[/red] {error}")
         return 1
+    if options.keep_seconds > 0:
+        minutes = options.keep_seconds / 60
+        console.print(f"Both services stay up for {minutes:.0f} minutes; `make stop` stops them.")
     return 0
-
-
-def start_services(
-    stack: contextlib.ExitStack, model: LanguageModelFolder, output: Path, *, port: int | None
-) -> tuple[Service, Service]:
-    """Start both services; `port` 0 takes free ports, None their defaults."""
-    ports = [] if port is None else ["--grpc-port", str(port), "--http-port", str(port)]
-    tokenizer = stack.enter_context(running("tokenizerd", ["vqserve.tokenizer", *ports], output))
-    arguments = ["vqserve.generation", "--model", str(model.path), "--model-name", model.name]
-    llm = stack.enter_context(running("llmd", [*arguments, *ports], output))
-    return tokenizer, llm
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--images", nargs="+", type=Path, help="photographs to use instead")
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder for results")
+    parser.add_argument(
+        "--keep-seconds", type=float, default=600, help="how long the services stay up"
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -74,38 +67,42 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 async def _walk(
-    console: Console, photographs: list[Photograph], tokenizer: Service, llm: Service, output: Path
+    console: Console, photographs: list[Photograph], services: background.Background, output: Path
 ) -> None:
-    async with TokenizerClient(tokenizer.grpc_address) as client:
+    async with TokenizerClient(services.tokenizer.grpc) as client:
         reports = [await send_frame(client, photograph) for photograph in photographs]
         picture = output / "side-by-side.png"
         compose([list(report.panels) for report in reports]).save(picture)
         sign = await recognize_sign(client)
         dish = await recognize_dish(client, _dish_photograph(photographs))
-    _show_labels(console, "sign (drawn)", sign)
-    _show_labels(console, "dish", dish)
+    _show_labels(console, "sign (drawn, not photographed)", sign)
+    _show_labels(console, "dish (of the ten the model knows)", dish)
 
-    question = _question(sign, dish)
-    console.print(f"\n[bold]{question}[/bold]\n")
-    async with GenerationClient(llm.grpc_address) as generation:
-        answer = await ask(generation, question, lambda text: console.print(text, end=""))
-    console.print("\n")
-    console.print(_frames_table(reports))
-    console.print(_answer_table(answer))
-    console.print(f"side by side: {picture}")
+    async with GenerationClient(services.llm.grpc) as generation:
+        answers = [await _answer(console, generation, text) for text in _questions(sign, dish)]
+    console.print()
+    _show_metrics(console, services)
+    console.print(f"\nside by side: {picture}")
+    console.print(_table(reports, answers, services))
 
 
 def _dish_photograph(photographs: list[Photograph]) -> Photograph:
     return next((p for p in photographs if p.model == "food"), photographs[-1])
 
 
-def _question(sign: Recognized, dish: Recognized) -> str:
+def _questions(sign: Recognized, dish: Recognized) -> tuple[str, str]:
     sign_name, dish_name = (r.labels[0].name.replace("_", " ") for r in (sign, dish))
     return (
-        f"I am driving to lunch. My camera sees the traffic sign '{sign_name}' and, later, "
-        f"the dish '{dish_name}'. In two sentences: what should I do at the sign, "
-        "and what is the dish made of?"
+        f"What does a '{sign_name}' traffic sign tell a driver to do?",
+        f"What are the main ingredients of {dish_name}?",
     )
+
+
+async def _answer(console: Console, generation: GenerationClient, question: str) -> Answer:
+    console.print(f"\n[bold]{question}[/bold]")
+    answer = await ask(generation, question, lambda text: console.print(text, end=""))
+    console.print()
+    return answer
 
 
 def _show_labels(console: Console, what: str, recognized: Recognized) -> None:
@@ -113,49 +110,56 @@ def _show_labels(console: Console, what: str, recognized: Recognized) -> None:
     console.print(f"{what}, from {recognized.coded_bytes} bytes of codes: {labels}")
 
 
-def _frames_table(reports: list[FrameReport]) -> Table:
-    table = Table(title="Frames: codes beside the nearest JPEG (times as the client saw them)")
-    for name in ("frame", "size", "file", "codes", "bpp", "PSNR", "encode", "decode", "JPEG"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for report in reports:
-        table.add_row(
-            f"{report.subject}/{report.model}",
-            f"{report.width}x{report.height}",
-            f"{report.source_bytes:,} B",
-            f"{report.coded_bytes:,} B",
-            f"{report.bpp:.3f}",
-            f"{report.psnr_db:.1f} dB",
-            f"{report.encode_ms:.0f} ms",
-            f"{report.decode_ms:.0f} ms",
-            f"{report.jpeg_bytes:,} B {report.jpeg_psnr_db:.1f} dB",
-        )
+def _table(
+    reports: list[FrameReport], answers: list[Answer], services: background.Background
+) -> Table:
+    table = Table(title="What went through (times as the client saw them)", show_header=False)
+    table.add_column("what", no_wrap=True)
+    for _ in range(max(len(reports), len(answers))):
+        table.add_column(justify="right", no_wrap=True)
+    for rows in (_frame_rows(reports), _answer_rows(answers), _metrics_rows(services)):
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
-def _answer_table(answer: Answer) -> Table:
-    table = Table(title="Answer")
-    for name in ("prompt", "generated", "time to first token", "speed"):
-        table.add_column(name, justify="right")
-    usage = answer.usage
-    table.add_row(
-        f"{usage.prompt_tokens} tokens",
-        f"{usage.completion_tokens} tokens",
-        f"{1000 * usage.time_to_first_token:.0f} ms",
-        f"{answer.tokens_per_second:.0f} tok/s",
-    )
-    return table
+def _frame_rows(reports: list[FrameReport]) -> list[list[str]]:
+    return [
+        ["frame (model)", *(f"{r.subject} ({r.model})" for r in reports)],
+        ["size", *(f"{r.width} x {r.height}" for r in reports)],
+        ["image file", *(f"{r.source_bytes:,} bytes" for r in reports)],
+        ["codes", *(f"{r.coded_bytes:,} bytes" for r in reports)],
+        ["bits per pixel", *(f"{r.bpp:.3f} bpp" for r in reports)],
+        ["PSNR", *(f"{r.psnr_db:.1f} dB" for r in reports)],
+        ["encode", *(f"{r.encode_ms:.0f} ms" for r in reports)],
+        ["decode", *(f"{r.decode_ms:.0f} ms" for r in reports)],
+        ["nearest JPEG", *(f"{r.jpeg_bytes:,} bytes" for r in reports)],
+        ["its PSNR", *(f"{r.jpeg_psnr_db:.1f} dB" for r in reports)],
+    ]
 
 
-def _show_metrics(console: Console, tokenizer: Service, llm: Service) -> None:
-    for service in (tokenizer, llm):
-        url = f"http://{service.http_address}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+def _answer_rows(answers: list[Answer]) -> list[list[str]]:
+    return [
+        ["question", *(f"{a.usage.prompt_tokens} tokens" for a in answers)],
+        ["answer", *(f"{a.usage.completion_tokens} tokens" for a in answers)],
+        ["first token", *(f"{1000 * a.usage.time_to_first_token:.0f} ms" for a in answers)],
+        ["decoding", *(f"{a.tokens_per_second:.0f} tok/s" for a in answers)],
+    ]
+
+
+def _metrics_rows(services: background.Background) -> list[list[str]]:
+    addresses = (services.tokenizer.http, services.llm.http)
+    return [["metrics", *(f"http://{address}/metrics" for address in addresses)]]
+
+
+def _show_metrics(console: Console, services: background.Background) -> None:
+    for addresses in (services.tokenizer, services.llm):
+        with urllib.request.urlopen(f"http://{addresses.http}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        shown = [line for line in lines if line.startswith(SHOWN_METRICS)]
-        console.print(f"{service.name} metrics were at {url}, among them:")
-        for line in shown:
-            console.print(f"  {line}", highlight=False, markup=False)
-    console.print("`make serve` keeps both services running, at their default ports.")
+        for line in lines:
+            if line.startswith(SHOWN_METRICS):
+                console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from demo.__main__ import start_services
 from demo.errors import DemoError
 from demo.preparation import prepare
+from demo.serve import start_services
 
 LOADTESTS = Path(__file__).parents[2] / "loadtests"
 

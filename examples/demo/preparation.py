@@ -23,13 +23,13 @@ class LanguageModelFolder:
 def prepare(cache: Path) -> LanguageModelFolder:
     """Return the quantized model, making it first where the cache does not hold it.
 
-    The folder appears under its final name only when it is complete, so an interrupted
-    preparation is simply done again.
+    `vqllm quantize` names the folder only when it is complete, so an interrupted preparation is
+    simply done again.
     """
     model = LanguageModelFolder(
         name=f"{MODEL}-gptq{BITS}", path=cache / "models" / f"{MODEL}-gptq{BITS}-g{GROUP_SIZE}"
     )
-    if not (model.path / "config.json").is_file():
+    if not model.path.exists():
         _quantize(cache, model.path)
     return model
 
@@ -37,10 +37,8 @@ def prepare(cache: Path) -> LanguageModelFolder:
 def _quantize(cache: Path, target: Path) -> None:
     print(f"Preparing the language model (once; some minutes): {target}", flush=True)
     _vqllm(["fetch", MODEL, "--cache", str(cache)])
-    unfinished = target.with_name(target.name + ".unfinished")
     options = ["--bits", str(BITS), "--group-size", str(GROUP_SIZE), "--cache", str(cache)]
-    _vqllm(["quantize", MODEL, *options, "-o", str(unfinished)])
-    unfinished.rename(target)
+    _vqllm(["quantize", MODEL, *options, "-o", str(target)])
 
 
 def _vqllm(arguments: list[str]) -> None:

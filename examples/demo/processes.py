@@ -65,7 +65,7 @@ def _await_ready(
         if process.poll() is not None:
             raise DemoError(f"{name} ended with exit code {process.returncode}: {_tail(log)}")
         service = _read_ports(name, process, ports_file, log)
-        if service is not None and _is_ready(service.http_address):
+        if service is not None and is_ready(service.http_address):
             return service
         time.sleep(0.1)
     raise DemoError(f"{name} was not ready after {START_TIMEOUT_SECONDS:.0f} s: {_tail(log)}")
@@ -80,13 +80,14 @@ def _read_ports(
     return Service(
         name=name,
         process=process,
-        grpc_address=f"127.0.0.1:{ports['grpc_port']}",
-        http_address=f"127.0.0.1:{ports['http_port']}",
+        grpc_address=f"127.0.0.1:{ports['grpc']}",
+        http_address=f"127.0.0.1:{ports['http']}",
         log=log,
     )
 
 
-def _is_ready(http_address: str) -> bool:
+def is_ready(http_address: str) -> bool:
+    """Whether the service at this address says that it can serve."""
     try:
         with urllib.request.urlopen(f"http://{http_address}/readyz", timeout=2) as answer:
             return bool(answer.status == 200)
