@@ -71,7 +71,7 @@ stop: $(VENV)/.ready ## stop the services that make demo left up
 	@PYTHONPATH=examples $(BIN)/python -m demo.background
 
 test: $(VENV)/.ready $(TOOLS)/.ready ## run every test that needs no GPU
-	@$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile $(PYTEST_ARGS)
 
 check: lint types imports proto-check docker-lint ## lint, types, import direction, contract drift, Dockerfiles
 

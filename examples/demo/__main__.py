@@ -18,6 +18,7 @@ from demo.side_by_side import compose
 from demo.walk import Answer, FrameReport, ask, recognize_dish, recognize_sign, send_frame
 from vqclient import GenerationClient, Recognized, TokenizerClient, VqError
 
+KEPT_SECONDS = 600
 SHOWN_METRICS = (
     "scq_coded_bytes_total",
     "scq_frame_latency_seconds_count",
@@ -38,15 +39,17 @@ def main() -> int:
         )
         prepare(options.cache)
         console.print("Starting tokenizerd and llmd ...")
-        services = background.start(options.output, options.cache, options.keep_seconds)
+        services = background.start(options.output, options.cache, KEPT_SECONDS)
         asyncio.run(_walk(console, photographs, services, options.output))
     except (DemoError, VqError) as error:
         background.stop(options.output)
         console.print(f"[red]demo failed:[/red] {error}")
         return 1
-    if options.keep_seconds > 0:
-        minutes = options.keep_seconds / 60
-        console.print(f"Both services stay up for {minutes:.0f} minutes; `make stop` stops them.")
+    if options.stop:
+        background.stop(options.output)
+    else:
+        minutes = KEPT_SECONDS // 60
+        console.print(f"Both services stay up for {minutes} minutes; `make stop` stops them.")
     return 0
 
 
@@ -54,9 +57,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--images", nargs="+", type=Path, help="photographs to use instead")
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder for results")
-    parser.add_argument(
-        "--keep-seconds", type=float, default=600, help="how long the services stay up"
-    )
+    parser.add_argument("--stop", action="store_true", help="stop the services at the end")
     parser.add_argument(
         "--cache",
         type=Path,

@@ -241,23 +241,12 @@ async def test_drain_by_admin_ends_the_process_with_status_0(
     assert status == 0
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--models", "/nowhere/x.safetensors"], "/nowhere/x.safetensors"),
-        (["--host", "203.0.113.1"], "203.0.113.1"),
-    ],
-)
-def test_a_service_that_cannot_start_says_why(args: list[str], message: str) -> None:
-    process = subprocess.run(
-        [sys.executable, "-m", "vqserve.tokenizer", "--http-port", "0", "--grpc-port", "0", *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_a_service_that_cannot_start_says_why() -> None:
+    model = "/nowhere/x.safetensors"
+    command = [sys.executable, "-m", "vqserve.tokenizer", "--models", model]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert process.returncode == 2
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert message in last
+    assert model in last
     assert "Traceback" not in process.stderr
