@@ -22,7 +22,7 @@ EXTRAS := cpu,demo,dev,load
 # uv finds local wheels where pip finds them; on most machines both are empty.
 export UV_FIND_LINKS := $(if $(UV_FIND_LINKS),$(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 # Two busy cores and nested thread pools do not mix: one thread per test process.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help demo serve stop test check lint types imports proto-check proto format bench load docker-lint tools clean
 

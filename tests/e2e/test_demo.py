@@ -26,6 +26,9 @@ ROOT = Path(__file__).parents[2]
 def cache(tmp_path: Path) -> Path:
     """A cache that already holds a prepared language model: one random layer, quantized."""
     write_tiny_llama(tmp_path / "tiny")
+    config = tmp_path / "tiny" / "config.json"
+    long_context = {**json.loads(config.read_text()), "max_position_embeddings": 512}
+    config.write_text(json.dumps(long_context))
     quantizer = AutoQuantizer.from_pretrained(tmp_path / "tiny")
     quantizer.quantize(BITS, 32, CalibrationConfig(num_windows=2, window_length=32))
     folder = tmp_path / "cache" / "models" / f"{MODEL}-gptq{BITS}-g{GROUP_SIZE}"

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from openloop.cli import app
 from vqclient.testing import FakeTokenizerService, serve
 
 RUN = Path(__file__).parents[2] / "loadtests" / "run.py"
@@ -85,12 +87,10 @@ async def test_options_replace_a_scenarios_values(tmp_path: Path) -> None:
         (["--driver", "llm-grpc", "--rate", "-1"], "rate is -1"),
     ],
 )
-async def test_runs_that_cannot_be_made_exit_2_with_one_line(
-    arguments: list[str], message: str
-) -> None:
-    ended, out, err = await load(*arguments)
-    assert ended == 2
-    assert message in err
-    assert err.startswith("openloop: ")
-    assert err.count("\n") == 1
-    assert out == ""
+def test_runs_that_cannot_be_made_exit_2_with_one_line(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("openloop: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""

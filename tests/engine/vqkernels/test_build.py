@@ -39,10 +39,10 @@ def require(*tools: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build of library and C++ tests outside the source tree."""
+def build_dir() -> Path:
+    """A build of library and C++ tests; kept, so that the next run compiles what changed."""
     require("cmake", "c++")
-    build = tmp_path_factory.mktemp("cmake_build")
+    build = ROOT / "build" / "tests"
     configured = run(["cmake", "-S", str(ROOT), "-B", str(build), "-DVQSTACK_BUILD_TESTS=ON"])
     assert "native CPU kernels ON" in configured
     built = run(["cmake", "--build", str(build), "--parallel", "2"])
@@ -122,9 +122,10 @@ def test_configure_and_install_succeed_without_native_code(
     assert reason in info["reason"]
 
 
-def test_cpp_tests_pass_under_sanitizers(tmp_path: Path) -> None:
+def test_cpp_tests_pass_under_sanitizers() -> None:
     require("cmake", "c++")
+    build = str(ROOT / "build" / "tests-sanitized")
     options = ["-DVQSTACK_BUILD_TESTS=ON", "-DVQSTACK_SANITIZE=ON"]
-    run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options])
-    run(["cmake", "--build", str(tmp_path), "--parallel", "2"])
-    run(["ctest", "--test-dir", str(tmp_path), "--output-on-failure"])
+    run(["cmake", "-S", str(ROOT), "-B", build, *options])
+    run(["cmake", "--build", build, "--parallel", "2"])
+    run(["ctest", "--test-dir", build, "--output-on-failure"])
