@@ -151,7 +151,7 @@ def _answer_rows(answers: list[Answer]) -> list[list[str]]:
 
 def _metrics_rows(services: background.Background) -> list[list[str]]:
     addresses = (services.tokenizer.http, services.llm.http)
-    return [["metrics", *(f"http://{address}/metrics" for address in addresses)]]
+    return [["see metrics at", *(f"{address}/metrics" for address in addresses)]]
 
 
 def _show_metrics(console: Console, services: background.Background) -> None:

@@ -60,7 +60,8 @@ def disassemble(path: Path) -> str:
 
 def test_cpp_tests_pass(build_dir: Path) -> None:
     output = run(["ctest", "--test-dir", str(build_dir), "--output-on-failure"])
-    assert "100% tests passed, 0 tests failed out of 1" in output
+    assert "100% tests passed" in output
+    assert "test_q4" in output
 
 
 def test_only_tier_objects_use_wide_registers(build_dir: Path) -> None:

@@ -158,7 +158,8 @@ async def test_a_bad_frame_is_reported_and_the_stream_goes_on(exchange: Exchange
         ([config(pb.STREAM_OPERATION_UNSPECIFIED)], "INVALID_STREAM"),
         ([config(ENCODE, model="nope")], "UNKNOWN_MODEL"),
         ([config(ENCODE, model="")], "INVALID_ARGUMENT"),
-        ([config(ENCODE), config(ENCODE), image_frame(1, b"x")], "INVALID_STREAM"),
+        # Nothing follows: a grpc.aio client that is writing when the status arrives loses it.
+        ([config(ENCODE), config(ENCODE)], "INVALID_STREAM"),
     ],
     ids=["frame before config", "no operation", "unknown model", "no model", "second config"],
 )
