@@ -29,6 +29,9 @@ DEFAULT_CONTEXT_LENGTH = 2048
 class EngineTokenizer(TokenBytes, Protocol):
     """What the engine needs of a tokenizer."""
 
+    vocab_size: int
+    """Number of tokens; the model's logits may be padded beyond it."""
+
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
@@ -225,6 +228,8 @@ class Engine:
     def _accept(self, running: _Running, logits: Logits) -> StepOutput:
         """Sample one token, append it, and report what it added."""
         sequence = running.sequence
+        # Models pad their vocabulary; an id that stands for no text must never be drawn.
+        logits = logits[: self._tokenizer.vocab_size]
         token_id = running.sampler.choose(
             logits, sequence.prompt_token_ids, sequence.output_token_ids
         )

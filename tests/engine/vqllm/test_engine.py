@@ -68,6 +68,7 @@ class AsciiTokenizer:
     """Token i is the character of code i; 0 ends."""
 
     eos_token_ids = frozenset({EOS})
+    vocab_size = 128
 
     def token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id == EOS else bytes([token_id])
@@ -135,6 +136,20 @@ def test_the_context_length_ends_a_sequence() -> None:
     outputs = run(engine)["a"]
     assert len(outputs) == 3
     assert outputs[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+    class PaddedExecutor(CountingExecutor):
+        vocab_size = 160
+
+        def _logits(self, last: int) -> Logits:
+            logits = super()._logits(last)
+            logits[AsciiTokenizer.vocab_size :] = 9.0
+            return logits
+
+    engine = Engine(PaddedExecutor(), AsciiTokenizer(), EngineConfig(max_num_sequences=4))
+    engine.add("a", [64], GREEDY)
+    assert text(run(engine)["a"]) == "ABCDE"
 
 
 def test_sequences_decode_in_one_batch() -> None:
