@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from support.llmd import LlmServer
+from support.process import ServiceProcess, service_process
+from support.tokenizerd import image_file, png_claiming, write_models
 from vqclient import (
     ClientOptions,
     FailedPreconditionError,
@@ -27,9 +30,6 @@ from vqclient import (
     collect,
 )
 from vqclient.types import is_codes
-from vqserve.common.testing import ServiceProcess, service_process
-from vqserve.generation.testing import LlmServer
-from vqserve.tokenizer.testing import image_file, png_claiming, write_models
 
 MODEL = "labelled"
 START_SECONDS = 240.0  # torch is slow to import while other work has the machine
@@ -205,7 +205,7 @@ def llmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmServer]:
     folder = tmp_path_factory.mktemp("llmd")
     model = folder / "slow"
     model.mkdir()
-    module, arguments = "vqserve.generation.testing", ["--model", str(model)]
+    module, arguments = "support.llmd", ["--model", str(model)]
     with service_process(module, arguments, folder, timeout_seconds=START_SECONDS) as service:
         yield LlmServer(service.process, service.ports, service.log)
 

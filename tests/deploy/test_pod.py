@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 # What a pod of each component runs here, in place of the module that its container starts.
-MODULES = {"tokenizerd": "vqserve.tokenizer", "llmd": "vqserve.generation.testing"}
+MODULES = {"tokenizerd": "vqserve.tokenizer", "llmd": "support.llmd"}
 
 
 def rendered_pod(render: Render, component: str, folder: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from PIL import Image
 
 from demo.preparation import BITS, GROUP_SIZE, MODEL
 from demo.serve import SERVICES_FILE
+from support.llmd import write_tiny_llama
+from support.tokenizerd import image_file
 from vqllm.api import AutoQuantizer
 from vqllm.calibration import CalibrationConfig
-from vqserve.generation.testing import write_tiny_llama
-from vqserve.tokenizer.testing import image_file
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from support.process import grpc_failure, http_failure
 from vqserve.common.admin import LoadedModel
 from vqserve.common.asgi import build_http
 from vqserve.common.config import ServiceSettings
@@ -32,7 +33,6 @@ from vqserve.common.lifecycle import (
     running,
 )
 from vqserve.common.runtime import Runtime
-from vqserve.common.testing import grpc_failure, http_failure
 from vqstack.admin.v1 import admin_pb2, admin_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]

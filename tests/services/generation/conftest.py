@@ -10,7 +10,7 @@ import grpc.aio
 import httpx
 import pytest
 
-from vqserve.generation.testing import LlmServer, llm_server
+from support.llmd import LlmServer, llm_server
 from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import grpc.aio
 import httpx
 import pytest
 
-from vqserve.common.testing import grpc_failure
-from vqserve.generation.testing import ANSWER, LlmServer, llm_server
+from support.llmd import ANSWER, LlmServer, llm_server
+from support.process import grpc_failure
 from vqstack.admin.v1 import admin_pb2 as pb
 from vqstack.admin.v1.admin_pb2_grpc import AdminServiceStub
 

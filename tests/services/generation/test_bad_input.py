@@ -12,9 +12,9 @@ import grpc.aio
 import httpx
 import pytest
 
+from support.llmd import ANSWER, CONTEXT_LENGTH, LlmServer, embedded_llmd
+from support.process import grpc_failure
 from vqserve.common.errors import HTTP_STATUS
-from vqserve.common.testing import grpc_failure
-from vqserve.generation.testing import ANSWER, CONTEXT_LENGTH, LlmServer, embedded_llmd
 from vqstack.generation.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from prometheus_client import CollectorRegistry
 
+from support.llmd import ANSWER, FakeExecutor, byte_tokenizer
 from vqllm.runtime.engine import Engine, EngineConfig
 from vqllm.runtime.executors.base import Logits
 from vqllm.runtime.sampling import SamplingParams
@@ -20,7 +21,6 @@ from vqserve.common.metrics import ServerMetrics
 from vqserve.generation.driver import EngineDriver, SequenceStream
 from vqserve.generation.errors import EmptyPrompt, EngineFailed, EngineStopped
 from vqserve.generation.metrics import LlmMetrics, ModelMetrics
-from vqserve.generation.testing import ANSWER, FakeExecutor, byte_tokenizer
 
 
 class SteppedExecutor(FakeExecutor):

@@ -8,7 +8,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from vqserve.generation.testing import ANSWER, LlmServer
+from support.llmd import ANSWER, LlmServer
 from vqstack.generation.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from vqserve.common.testing import grpc_failure
-from vqserve.generation.testing import LlmServer
+from support.llmd import LlmServer
+from support.process import grpc_failure
 from vqstack.generation.v1 import generation_pb2 as pb
 from vqstack.generation.v1.generation_pb2_grpc import GenerationServiceStub
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vqserve.generation.testing import LlmServer
+from support.llmd import LlmServer
 
 DURATIONS = (
     "llm_time_to_first_token_seconds",

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from vqserve.generation.testing import ANSWER, LlmServer, embedded_llmd
+from support.llmd import ANSWER, LlmServer, embedded_llmd
 
 QUESTION = "What is on the picture?"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from vqserve.generation.testing import LlmServer, llm_server, write_tiny_llama
+from support.llmd import LlmServer, llm_server, write_tiny_llama
 
 
 @pytest.fixture(scope="module", params=["onnx", "torch"])

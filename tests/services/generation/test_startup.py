@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import pytest
 
+from support.llmd import write_tiny_llama
 from vqserve.common import lifecycle
 from vqserve.generation.app import build_app, engine_loader
 from vqserve.generation.config import GenerationSettings
-from vqserve.generation.testing import write_tiny_llama
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from support.process import ServiceProcess, service_process
+from support.tokenizerd import BlockingCodec, blocking_model, write_models
 from vqserve.common.lifecycle import Ports, running
-from vqserve.common.testing import ServiceProcess, service_process
 from vqserve.tokenizer.app import build_app
 from vqserve.tokenizer.codecs import ServedModel
 from vqserve.tokenizer.config import TokenizerSettings
-from vqserve.tokenizer.testing import BlockingCodec, blocking_model, write_models
 
 MAX_REQUEST_BYTES = 200_000
 

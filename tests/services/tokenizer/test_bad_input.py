@@ -13,14 +13,8 @@ import pytest
 from PIL import Image
 
 from scq.codec import FrameCodec
-from vqserve.common.errors import HTTP_STATUS
-from vqserve.common.lifecycle import running
-from vqserve.common.testing import Failure, ServiceProcess, grpc_failure, http_failure
-from vqserve.tokenizer.app import build_app
-from vqserve.tokenizer.codecs import ServedModel
-from vqserve.tokenizer.config import TokenizerSettings
-from vqserve.tokenizer.loading import serve
-from vqserve.tokenizer.testing import (
+from support.process import Failure, ServiceProcess, grpc_failure, http_failure
+from support.tokenizerd import (
     LABELLED,
     NAN,
     PLAIN,
@@ -30,6 +24,12 @@ from vqserve.tokenizer.testing import (
     resealed,
     tiny_model,
 )
+from vqserve.common.errors import HTTP_STATUS
+from vqserve.common.lifecycle import running
+from vqserve.tokenizer.app import build_app
+from vqserve.tokenizer.codecs import ServedModel
+from vqserve.tokenizer.config import TokenizerSettings
+from vqserve.tokenizer.loading import serve
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
 from vqstack.tokenizer.v1 import tokenizer_pb2_grpc
 

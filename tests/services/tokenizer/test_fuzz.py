@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from google.protobuf.message import DecodeError
 
+from support.tokenizerd import LABELLED, PLAIN, image_file, resealed, tiny_model
 from vqserve.common.admission import AdmissionGate
 from vqserve.common.errors import ServiceError
 from vqserve.common.metrics import ServerMetrics
@@ -17,7 +18,6 @@ from vqserve.tokenizer.core import TokenizerCore
 from vqserve.tokenizer.loading import serve
 from vqserve.tokenizer.metrics import ScqMetrics
 from vqserve.tokenizer.pipeline import FramePipeline
-from vqserve.tokenizer.testing import LABELLED, PLAIN, image_file, resealed, tiny_model
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
 
 MAX_PIXELS = 250_000

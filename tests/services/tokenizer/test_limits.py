@@ -8,9 +8,9 @@ import grpc.aio
 import httpx
 import pytest
 
+from support.process import grpc_failure, http_failure
+from support.tokenizerd import BlockingCodec, image_file
 from vqserve.common.lifecycle import Ports
-from vqserve.common.testing import grpc_failure, http_failure
-from vqserve.tokenizer.testing import BlockingCodec, image_file
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
 from vqstack.tokenizer.v1 import tokenizer_pb2_grpc
 

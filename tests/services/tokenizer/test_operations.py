@@ -16,13 +16,13 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
-from vqserve.common.testing import (
+from support.process import (
     ServiceProcess,
     grpc_failure,
     http_failure,
     service_process,
 )
-from vqserve.tokenizer.testing import image_file
+from support.tokenizerd import image_file
 from vqstack.admin.v1 import admin_pb2, admin_pb2_grpc
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
 from vqstack.tokenizer.v1 import tokenizer_pb2_grpc

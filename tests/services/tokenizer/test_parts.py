@@ -12,6 +12,7 @@ from PIL import Image
 
 from scq import errors as engine
 from scq.model import save_model
+from support.tokenizerd import LABELLED, NAN, PLAIN, picture, tiny_model
 from vqserve.common.errors import InvalidArgument, ServiceError
 from vqserve.common.lifecycle import StartupError
 from vqserve.tokenizer.app import build_app
@@ -23,7 +24,6 @@ from vqserve.tokenizer.errors import InvalidModel, LastModel, ModelNameTaken, Un
 from vqserve.tokenizer.loading import load_served, serve, zoo_names
 from vqserve.tokenizer.metrics import CodebookWindow
 from vqserve.tokenizer.pictures import ImageFormat, write_image
-from vqserve.tokenizer.testing import LABELLED, NAN, PLAIN, picture, tiny_model
 
 MAX_PIXELS = 1_000_000
 

@@ -13,17 +13,17 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from scq.codec import FrameCodec
-from vqserve.common.lifecycle import Ports, running
-from vqserve.common.testing import ServiceProcess, grpc_failure
-from vqserve.tokenizer.app import build_app
-from vqserve.tokenizer.config import TokenizerSettings
-from vqserve.tokenizer.testing import (
+from support.process import ServiceProcess, grpc_failure
+from support.tokenizerd import (
     LABELLED,
     BlockingCodec,
     image_file,
     picture,
     tiny_model,
 )
+from vqserve.common.lifecycle import Ports, running
+from vqserve.tokenizer.app import build_app
+from vqserve.tokenizer.config import TokenizerSettings
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
 from vqstack.tokenizer.v1 import tokenizer_pb2_grpc
 
@@ -56,12 +56,11 @@ async def over_websocket(
     url: str, requests: Sequence[pb.StreamFramesRequest]
 ) -> list[pb.StreamFramesResponse]:
     responses: list[pb.StreamFramesResponse] = []
-    frames = sum(request.WhichOneof("message") == "frame" for request in requests)
     async with connect(url) as socket, asyncio.timeout(20):
         for request in requests:
             await socket.send(request.SerializeToString())
         try:
-            while len(responses) < frames + 1:
+            while len(responses) < len(requests):
                 message = await socket.recv(decode=False)
                 responses.append(pb.StreamFramesResponse.FromString(message))
         except ConnectionClosed as error:

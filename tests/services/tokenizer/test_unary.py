@@ -14,8 +14,8 @@ from PIL import Image
 
 from scq.codec import FrameCodec
 from scq.model import ScqAutoencoder
-from vqserve.common.testing import ServiceProcess
-from vqserve.tokenizer.testing import LABELLED, image_file, picture, tiny_model
+from support.process import ServiceProcess
+from support.tokenizerd import LABELLED, image_file, picture, tiny_model
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
 from vqstack.tokenizer.v1 import tokenizer_pb2_grpc
 

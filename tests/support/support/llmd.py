@@ -1,6 +1,6 @@
 """llmd for tests: a model that costs nothing, and a handle on a real process.
 
-`python -m vqserve.generation.testing --model FOLDER` is llmd with the real engine, tokenizer and
+`python -m support.llmd --model FOLDER` is llmd with the real engine, tokenizer and
 wiring over a fake executor, which answers with one sentence again and again. The folder's name
 decides how: `slow` takes 40 ms a step, `broken` fails in its third step, `lost` then cannot even
 free its caches, `corrupt` does not load, `plain` has no chat template, anything else is just fast.
@@ -24,13 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from support.process import POLL_SECONDS, ServiceProcess, service_process
 from vqllm.errors import CorruptCheckpoint, UnknownModel
 from vqllm.model_info import ModelInfo
 from vqllm.runtime.engine import Engine
 from vqllm.runtime.executors.base import Executor, Logits
 from vqllm.runtime.tokenizer import ChatTokenizer
 from vqserve.common.lifecycle import running
-from vqserve.common.testing import POLL_SECONDS, ServiceProcess, service_process
 from vqserve.generation.__main__ import main
 from vqserve.generation.app import build_app, engine_config
 from vqserve.generation.config import GenerationSettings
@@ -215,7 +215,7 @@ class LlmServer(ServiceProcess):
 
 @contextmanager
 def llm_server(
-    folder: Path, args: Sequence[str], module: str = "vqserve.generation.testing"
+    folder: Path, args: Sequence[str], module: str = "support.llmd"
 ) -> Iterator[LlmServer]:
     """llmd as a process on free ports, ready to serve; stopped on the way out."""
     with service_process(module, args, folder) as service:

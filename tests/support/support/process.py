@@ -1,5 +1,4 @@
-"""Helpers for tests, the demo and load tests: a service as a real process, and what a failed
-call said. Used by no service."""
+"""A service as a real process, and what a failed call told its client."""
 
 from __future__ import annotations
 
