@@ -123,6 +123,20 @@ def test_undecodable_details_leave_code_and_message() -> None:
     assert str(error) == "INTERNAL: broken"
 
 
+def test_a_status_that_grpc_lost_in_a_write_says_to_open_a_new_stream() -> None:
+    raw = grpc.aio.AioRpcError(
+        StatusCode.INTERNAL,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(),
+        details="Internal error from Core",
+        debug_error_string='Failed "execute_batch": (SendMessageOperation,)',
+    )
+    error = from_rpc_error(raw, service="tokenizer", address="127.0.0.1:1")
+    assert isinstance(error, UnavailableError)
+    assert error.reason == "STREAM_BROKEN"
+    assert "open a new stream" in str(error)
+
+
 def test_frame_needs_one_payload() -> None:
     with pytest.raises(ValueError, match="exactly one of image and codes"):
         Frame(seq=1)

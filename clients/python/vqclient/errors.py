@@ -26,6 +26,7 @@ from grpc import StatusCode
 
 _DETAILS_KEY = "grpc-status-details-bin"
 UNREACHABLE = "UNREACHABLE"
+STREAM_BROKEN = "STREAM_BROKEN"
 
 
 class VqError(Exception):
@@ -138,6 +139,10 @@ def frame_error(code_number: int, reason: str, message: str) -> VqError:
     return error_class(code)(message, code=code, reason=reason)
 
 
+# What grpc.aio itself puts in place of the server's status when a write finds the call ended.
+_LOST_STATUS = "Internal error from Core"
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError, *, service: str, address: str) -> VqError:
     """Rebuild the typed error of a failed call to `service` at `address`."""
     code = error.code()
@@ -150,6 +155,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, service: str, address: str) -
             "start the service, or give the address it listens on",
             code=code,
             reason=UNREACHABLE,
+            service=service,
+        )
+    if code is StatusCode.INTERNAL and error.details() == _LOST_STATUS:
+        return UnavailableError(
+            f"the {service} service at {address} ended the stream while a message was being "
+            "sent, and its reason was lost; open a new stream",
+            code=StatusCode.UNAVAILABLE,
+            reason=STREAM_BROKEN,
             service=service,
         )
     message = error.details() or f"the {service} service at {address} gave no message"
