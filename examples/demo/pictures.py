@@ -14,8 +14,6 @@ from pathlib import Path
 
 from demo.errors import DemoError
 
-SIGN_SIZE = 64
-
 
 @dataclass(frozen=True)
 class PackagedPhotograph:

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64
-EXPECTED_LABEL_WORDS = ("yield", "give way")
 
 
 def draw_yield_sign(seed: int = 7) -> bytes:
