@@ -2,31 +2,45 @@
 
 Encoder and decoder are small convolution stacks on pixel-unshuffled input; between them lies a
 grid of latents that the quantizer and the lattice code turn into indices. A model file is one
-safetensors file (float16) with its configuration as JSON metadata. This module knows nothing of
-image files, bitstreams or training.
+safetensors file with its configuration as JSON metadata: network weights in float16, the codebook
+as int16 with a power-of-two scale, so that decoding latents is integer arithmetic, and the entropy
+tables of the bitstream when there are any. This module knows nothing of image files, bitstreams or
+training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scq.errors import InvalidImage, InvalidLatents, ScqError, UnsupportedOperation
+from scq.errors import (
+    InvalidCodebook,
+    InvalidImage,
+    InvalidLatents,
+    ScqError,
+    UnsupportedOperation,
+)
 from scq.lattice import LatticeAssignment, LatticeCode, reconstruct, search
 from scq.layer import SCQLayer
 
-_FORMAT = "scq-model-1"
+_FORMAT = "scq-model-2"
+_CODEBOOK = "quantizer.codebook"
+_ENTROPY_PREFIX = "entropy."
 # What a receiver needs to turn codes into a picture; encoders may differ between senders.
-_HASHED_PREFIXES = ("decoder.", "quantizer.codebook")
+_HASHED_PREFIXES = ("decoder.", _CODEBOOK, _ENTROPY_PREFIX)
 # Named one by one, so that a config field added later does not rename every model there is.
 _HASHED_FIELDS = (
     "name", "kind", "stride", "max_width", "max_height", "code_dim", "num_codes", "max_support",
@@ -184,6 +198,20 @@ class ScqAutoencoder(nn.Module):
         self.head: ClassifierHead | None = None
         if config.classes:
             self.head = ClassifierHead(config)
+        self.entropy_tensors: dict[str, Tensor] = {}
+
+    def codebook_int16(self) -> tuple[NDArray[np.int16], int]:
+        """The codebook as integers q (num_codes, code_dim) and exponent e: code = q * 2^-e.
+
+        The exponent is the largest at which the largest entry fits. Exact for a loaded model;
+        while training the parameter holds more digits than are stored. Raises InvalidCodebook
+        for NaN or infinity.
+        """
+        codebook = self.quantizer.codebook.detach().double().cpu()
+        if not bool(torch.isfinite(codebook).all()):
+            raise InvalidCodebook("codebook holds NaN or infinity; the training diverged")
+        exponent = _codebook_exponent(float(codebook.abs().max()))
+        return (codebook * 2.0**exponent).round().to(torch.int16).numpy(), exponent
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> latents (B, h, w, F). Raises InvalidImage on a wrong shape."""
@@ -229,7 +257,8 @@ class ScqAutoencoder(nn.Module):
     @property
     def model_hash(self) -> str:
         """Content hash (hex SHA-256) of what `save_model` would store; see `model_id`."""
-        return model_id(_storage_tensors(self), self.config)
+        tensors, exponent = _storage_tensors(self)
+        return model_id(tensors, self.config, exponent)
 
     def _to_channels(self, latents: Tensor) -> Tensor:
         if latents.ndim != 4 or latents.shape[3] != self.config.code_dim:
@@ -239,15 +268,29 @@ class ScqAutoencoder(nn.Module):
         return latents.permute(0, 3, 1, 2)
 
 
-def model_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> str:
-    """Hex SHA-256 over what a receiver decodes with: codebook, decoder and their config, as stored.
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file's contents: tensors as stored; codes are `quantizer.codebook` * 2^-exponent."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    codebook_exponent: int
+
+    @property
+    def model_hash(self) -> str:
+        """The file's content id; see `model_id`."""
+        return model_id(self.tensors, self.config, self.codebook_exponent)
+
+
+def model_id(tensors: Mapping[str, Tensor], config: ModelConfig, codebook_exponent: int) -> str:
+    """Hex SHA-256 over what a receiver decodes with, as stored: codebook, decoder, entropy tables.
 
     Encoder and head are left out on purpose: a better encoder for the same decoder and codebook
     writes codes that every receiver of the old model can read.
     """
     values = asdict(config)
-    hashed = json.dumps([values[name] for name in _HASHED_FIELDS], separators=(",", ":"))
-    digest = hashlib.sha256(hashed.encode())
+    hashed = [values[name] for name in _HASHED_FIELDS] + [codebook_exponent]
+    digest = hashlib.sha256(json.dumps(hashed, separators=(",", ":")).encode())
     for name in sorted(name for name in tensors if name.startswith(_HASHED_PREFIXES)):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
@@ -256,11 +299,18 @@ def model_id(tensors: Mapping[str, Tensor], config: ModelConfig) -> str:
 
 
 def save_model(model: ScqAutoencoder, path: Path | str) -> str:
-    """Write float16 safetensors with the config as metadata; return the model id."""
-    tensors = _storage_tensors(model)
-    metadata = {"format": _FORMAT, "config": model.config.to_json()}
+    """Write the model's file and return its id.
+
+    Raises InvalidCodebook for a codebook with NaN or infinity.
+    """
+    tensors, exponent = _storage_tensors(model)
+    metadata = {
+        "format": _FORMAT,
+        "config": model.config.to_json(),
+        "codebook_exponent": str(exponent),
+    }
     save_file(tensors, str(path), metadata=metadata)
-    return model_id(tensors, model.config)
+    return model_id(tensors, model.config, exponent)
 
 
 def load_model(path: Path | str) -> ScqAutoencoder:
@@ -269,17 +319,24 @@ def load_model(path: Path | str) -> ScqAutoencoder:
     Raises:
         ScqError: no such file, not a model file, or tensors that do not fit the config.
     """
-    config, tensors = read_model_file(path)
-    model = ScqAutoencoder(config)
+    stored = read_model_file(path)
+    model = ScqAutoencoder(stored.config)
+    entropy = {n: t for n, t in stored.tensors.items() if n.startswith(_ENTROPY_PREFIX)}
+    weights = {n: t.float() for n, t in stored.tensors.items() if n not in entropy}
+    weights[_CODEBOOK] = weights[_CODEBOOK] * 2.0**-stored.codebook_exponent
     try:
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ScqError(f"{path}: tensors do not fit the model config: {error}") from error
+    model.entropy_tensors = {n.removeprefix(_ENTROPY_PREFIX): t for n, t in entropy.items()}
     return model.eval().requires_grad_(False)
 
 
-def read_model_file(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and stored tensors of a model file, without building the network."""
+def read_model_file(path: Path | str) -> ModelFile:
+    """Config and stored tensors of a model file, without building the network.
+
+    Raises ScqError for a missing file or one that is not a model of this format.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -287,12 +344,35 @@ def read_model_file(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise ScqError(f"{path}: cannot read a model file: {error}") from error
     if metadata.get("format") != _FORMAT:
-        raise ScqError(f"{path}: not a {_FORMAT} file; train or download one of the zoo's models")
-    return ModelConfig.from_json(metadata["config"]), tensors
+        found = metadata.get("format", "something else")
+        raise ScqError(
+            f"{path}: holds {found}, not {_FORMAT}; train or download one of the zoo's models"
+        )
+    codebook = tensors.get(_CODEBOOK)
+    if codebook is None or codebook.dtype != torch.int16:
+        raise ScqError(f"{path}: {_CODEBOOK} is missing or not int16; save it with save_model")
+    try:
+        exponent = int(metadata["codebook_exponent"])
+    except (KeyError, ValueError) as error:
+        raise ScqError(f"{path}: codebook_exponent is missing or not a number") from error
+    return ModelFile(ModelConfig.from_json(metadata["config"]), tensors, exponent)
 
 
-def _storage_tensors(model: ScqAutoencoder) -> dict[str, Tensor]:
-    return {name: tensor.detach().half() for name, tensor in _contiguous(model).items()}
+def _codebook_exponent(largest: float) -> int:
+    if largest == 0:
+        return 0
+    exponent = 14 - math.floor(math.log2(largest))
+    # 32767.5 and more would round up to 32768, which int16 does not hold.
+    return exponent - 1 if round(largest * 2.0**exponent) > 32767 else exponent
+
+
+def _storage_tensors(model: ScqAutoencoder) -> tuple[dict[str, Tensor], int]:
+    tensors = {name: tensor.detach().half() for name, tensor in _contiguous(model).items()}
+    codebook, exponent = model.codebook_int16()
+    tensors[_CODEBOOK] = torch.from_numpy(codebook)
+    for name, tensor in model.entropy_tensors.items():
+        tensors[_ENTROPY_PREFIX + name] = tensor.contiguous()
+    return tensors, exponent
 
 
 def _contiguous(model: nn.Module) -> dict[str, Tensor]:

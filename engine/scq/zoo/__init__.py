@@ -1,4 +1,4 @@
-"""The shipped models: one float16 safetensors file and one model card (.md) each.
+"""The shipped models: one safetensors file and one model card (.md) each.
 
 Adding a model means putting both files here. Knows nothing of how models are trained or served.
 """
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from scq.errors import UnknownModel
-from scq.model import ModelConfig, ScqAutoencoder, load_model, model_id, read_model_file
+from scq.model import ModelConfig, ScqAutoencoder, load_model, read_model_file
 
 _FOLDER = Path(__file__).parent
 
@@ -46,5 +46,5 @@ def load(name: str) -> ScqAutoencoder:
 
 @cache
 def _info(path: Path) -> ModelInfo:
-    config, tensors = read_model_file(path)
-    return ModelInfo(config.name, model_id(tensors, config), config, path)
+    stored = read_model_file(path)
+    return ModelInfo(stored.config.name, stored.model_hash, stored.config, path)

@@ -6,12 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from scq.errors import InvalidImage, InvalidLatents, ScqError, UnsupportedOperation
-from scq.model import ModelConfig, ScqAutoencoder, load_model, model_id, save_model
+from scq.errors import (
+    InvalidCodebook,
+    InvalidImage,
+    InvalidLatents,
+    ScqError,
+    UnsupportedOperation,
+)
+from scq.model import ModelConfig, ScqAutoencoder, load_model, model_id, read_model_file, save_model
 
 TINY = ModelConfig(
     "tiny",
@@ -120,20 +127,69 @@ def test_a_saved_model_decodes_the_same_after_loading(tmp_path: Path) -> None:
     assert save_model(first, tmp_path / "again.safetensors") == stored_id
 
 
-def test_model_id_covers_decoder_codebook_and_config_only() -> None:
-    tensors = {name: tensor.half() for name, tensor in tiny_model().state_dict().items()}
-    original = model_id(tensors, TINY)
+def test_model_id_covers_decoder_codebook_tables_and_config_only(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.entropy_tensors = {"sizes": torch.tensor([3, 1])}
+    save_model(model, tmp_path / "tiny.safetensors")
+    stored = read_model_file(tmp_path / "tiny.safetensors")
+    tensors, original = stored.tensors, stored.model_hash
 
     def changed(name: str) -> str:
-        return model_id(tensors | {name: tensors[name] + 1}, TINY)
+        return model_id(tensors | {name: tensors[name] + 1}, TINY, stored.codebook_exponent)
 
     assert len(original) == 64
     assert changed("encoder.1.weight") == original
     assert changed("head.linear.bias") == original
     assert changed("quantizer.codebook") != original
     assert changed("decoder.0.bias") != original
-    assert model_id(tensors, replace(TINY, denominator=8)) != original
-    assert model_id(tensors, replace(TINY, lam=0.5, classes=())) == original
+    assert changed("entropy.sizes") != original
+    exponent = stored.codebook_exponent
+    assert model_id(tensors, TINY, exponent + 1) != original
+    assert model_id(tensors, replace(TINY, denominator=8), exponent) != original
+    assert model_id(tensors, replace(TINY, lam=0.5, classes=()), exponent) == original
+
+
+def test_stored_codes_are_integers_on_a_power_of_two_grid(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.quantizer.codebook[3, 1] = 1.99999
+    save_model(model, tmp_path / "tiny.safetensors")
+    loaded = load_model(tmp_path / "tiny.safetensors")
+    integers, exponent = loaded.codebook_int16()
+    assert integers.dtype == np.int16
+    exact = integers.astype(np.float64) * 2.0**-exponent
+    assert np.array_equal(loaded.quantizer.codebook.double().numpy(), exact)
+    assert np.abs(exact - model.quantizer.codebook.numpy()).max() <= 2.0 ** -(exponent + 1)
+    assert np.abs(integers.astype(int)).max() > 2**13
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-9, 0.99999, 1.0, 1.99998, 1.999985, 3e8])
+def test_the_codebook_scale_always_fits_int16(largest: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.quantizer.codebook.zero_()
+        model.quantizer.codebook[0, 0] = largest
+        model.quantizer.codebook[1, 0] = -largest
+    integers, exponent = model.codebook_int16()
+    assert integers[0, 0] == -integers[1, 0] >= 0
+    assert float(integers[0, 0]) * 2.0**-exponent == pytest.approx(largest, rel=1e-4)
+
+
+def test_a_diverged_codebook_is_not_saved(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.quantizer.codebook[0, 0] = float("nan")
+    with pytest.raises(InvalidCodebook, match="NaN"):
+        save_model(model, tmp_path / "tiny.safetensors")
+
+
+def test_entropy_tables_travel_with_the_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.entropy_tensors = {"sizes": torch.tensor([[3, 65533]], dtype=torch.int32)}
+    save_model(model, tmp_path / "tiny.safetensors")
+    loaded = load_model(tmp_path / "tiny.safetensors")
+    assert list(loaded.entropy_tensors) == ["sizes"]
+    assert torch.equal(loaded.entropy_tensors["sizes"], model.entropy_tensors["sizes"])
 
 
 def test_a_grid_head_sees_every_position_apart() -> None:
@@ -153,14 +209,29 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         load_model(broken)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, str(foreign))
-    with pytest.raises(ScqError, match="not a scq-model-1 file"):
+    with pytest.raises(ScqError, match="holds something else, not scq-model-2"):
         load_model(foreign)
 
 
-def test_tensors_must_fit_the_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"), [("quantizer.codebook", r"quantizer\.codebook"), ("decoder.0.bias", "fit")]
+)
+def test_tensors_must_fit_the_config(tmp_path: Path, name: str, message: str) -> None:
     path = tmp_path / "short.safetensors"
-    tensors = {name: tensor.half() for name, tensor in tiny_model().state_dict().items()}
-    del tensors["quantizer.codebook"]
-    save_file(tensors, str(path), metadata={"format": "scq-model-1", "config": TINY.to_json()})
-    with pytest.raises(ScqError, match=r"quantizer\.codebook"):
+    save_model(tiny_model(), path)
+    stored = read_model_file(path)
+    tensors = {key: tensor for key, tensor in stored.tensors.items() if key != name}
+    metadata = {"format": "scq-model-2", "config": TINY.to_json(), "codebook_exponent": "13"}
+    save_file(tensors, str(path), metadata=metadata)
+    with pytest.raises(ScqError, match=message):
+        load_model(path)
+
+
+@pytest.mark.parametrize("exponent", [{}, {"codebook_exponent": "many"}])
+def test_a_model_file_needs_its_codebook_scale(tmp_path: Path, exponent: dict[str, str]) -> None:
+    path = tmp_path / "scale.safetensors"
+    save_model(tiny_model(), path)
+    metadata = {"format": "scq-model-2", "config": TINY.to_json(), **exponent}
+    save_file(read_model_file(path).tensors, str(path), metadata=metadata)
+    with pytest.raises(ScqError, match="codebook_exponent"):
         load_model(path)
