@@ -17,6 +17,7 @@ struct Tier {
   const char *name;
   Q4PanelsFn q4_panels;  // nullptr: not in this build
   bool supported;
+  const LatticeOps *lattice;
 };
 
 #if defined(VQ_X86)
@@ -62,17 +63,19 @@ Features detect() {
 using Tiers = std::array<Tier, 3>;
 
 Tiers make_tiers() {
-  Tiers tiers{{{"baseline", q4_panels_baseline, true},
-               {"avx2", nullptr, false},
-               {"avx512_vnni", nullptr, false}}};
+  Tiers tiers{{{"baseline", q4_panels_baseline, true, &lattice_ops_baseline},
+               {"avx2", nullptr, false, nullptr},
+               {"avx512_vnni", nullptr, false, nullptr}}};
 #if defined(VQ_X86)
   [[maybe_unused]] const Features found = detect();
 #if defined(VQ_HAVE_AVX2)
   tiers[VQ_ISA_AVX2].q4_panels = q4_panels_avx2;
+  tiers[VQ_ISA_AVX2].lattice = &lattice_ops_avx2;
   tiers[VQ_ISA_AVX2].supported = found.avx2;
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI)
   tiers[VQ_ISA_AVX512_VNNI].q4_panels = q4_panels_avx512_vnni;
+  tiers[VQ_ISA_AVX512_VNNI].lattice = &lattice_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].supported = found.avx512_vnni;
 #endif
 #endif
@@ -105,6 +108,10 @@ std::atomic<std::int32_t> &current_isa() {
 
 Q4PanelsFn q4_panels() {
   return tiers()[current_isa().load(std::memory_order_relaxed)].q4_panels;
+}
+
+const LatticeOps &lattice_ops() {
+  return *tiers()[current_isa().load(std::memory_order_relaxed)].lattice;
 }
 
 }  // namespace vq

@@ -1,11 +1,15 @@
 // Which tier runs. Knows cpuid, knows nothing of the layouts.
 #pragma once
 
+#include "lattice_kernels.hpp"
 #include "q4_kernels.hpp"
 
 namespace vq {
 
 // The entry point of the current tier.
 Q4PanelsFn q4_panels();
+
+// The lattice loops of the current tier.
+const LatticeOps &lattice_ops();
 
 }  // namespace vq

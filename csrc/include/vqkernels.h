@@ -41,7 +41,12 @@ enum {
   VQ_Q4_MAX_GROUP = 65536,   /* keeps every integer sum inside int32 */
   VQ_Q4_SYMMETRIC_ZERO = 8,  /* zero point meant by zeros == NULL */
   VQ_MAX_FEATURES = 1 << 24, /* bound on in_features, out_features and batch */
-  VQ_MAX_THREADS = 256
+  VQ_MAX_THREADS = 256,
+  VQ_LATTICE_MAX_CODES = 65536,
+  VQ_LATTICE_MAX_FEATURES = 65536,
+  VQ_LATTICE_MAX_SUPPORT = 4,
+  VQ_LATTICE_MAX_DENOMINATOR = 16,
+  VQ_LATTICE_MAX_STATES = 256 /* bound on count and beam */
 };
 
 typedef enum vq_status {
@@ -151,6 +156,34 @@ VQ_API int32_t vq_q8_quantize(const float *x, int32_t num_values, int32_t group_
  * x is [batch][in_features], y is [batch][out_features]; pool may be NULL (calling thread only). */
 VQ_API int32_t vq_q4_gemv(const vq_q4_matrix *matrix, const float *x, int32_t batch, float *y,
                           vq_pool *pool);
+
+/* Search of sparse convex codes. A state of a latent z is at most max_support codes with positive
+ * numerators that sum to denominator; its error is |z - sum numerator_i / denominator * code_i|^2.
+ * Of every latent the `count` best states found are written, best first. States are canonical:
+ * heaviest code first, ties by lower index; unused slots have numerator 0 and repeat slot 0's
+ * index. Where fewer than count states were found, the first is repeated with an infinite error.
+ *
+ * Supports of one are searched whole. Pairs are searched whole among those whose heavier code is
+ * one of the `heavy` nearest (heavy >= num_codes: all pairs). Supports of t = 3 and 4 grow from the
+ * `beam` best supports of t - 1. Every tier gives the same bits. */
+typedef struct vq_lattice_job {
+  const float *latents;  /* [num_latents][num_features] */
+  const float *codebook; /* [num_codes][num_features] */
+  int32_t num_latents;
+  int32_t num_features;
+  int32_t num_codes;
+  int32_t max_support; /* <= num_codes and <= denominator */
+  int32_t denominator;
+  int32_t heavy;
+  int32_t beam;
+  int32_t count;
+  float *errors;       /* [num_latents][count] */
+  int64_t *indices;    /* [num_latents][count][max_support] */
+  int64_t *numerators; /* likewise */
+} vq_lattice_job;
+
+/* Runs the job on the calling thread. VQ_ERR_NONFINITE: NaN or infinity in latents or codebook. */
+VQ_API int32_t vq_lattice_search(const vq_lattice_job *job);
 
 #ifdef __cplusplus
 }

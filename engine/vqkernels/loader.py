@@ -103,6 +103,7 @@ _SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]
     "vq_set_isa": (_I32, (_I32,)),
     "vq_pool_create": (_I32, (_I32, _PTR)),
     "vq_pool_free": (None, (_PTR,)),
+    "vq_lattice_search": (_I32, (_PTR,)),
     "vq_q4_get_sizes": (_I32, (_I32, _I32, _I32, _PTR)),
     "vq_q4_pack_gptq": (_I32, (_PTR, _PTR, _PTR, _PTR)),
     "vq_q8_quantize": (_I32, (_PTR, _I32, _I32, _PTR, _PTR, _PTR)),

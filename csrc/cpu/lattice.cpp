@@ -1,0 +1,555 @@
+// Lattice search: per latent, the best convex combinations of at most 4 codes with weights k/n.
+//
+// With weights that sum to one, |z - sum w_i c_i|^2 = sum w_i |z - c_i|^2 - sum_{i<j} w_i w_j
+// |c_i - c_j|^2, so every state costs a few multiply-adds on distances: K per latent and a K x K
+// table per codebook. Pairs are scanned whole for the nearest codes as the heavier one; supports of
+// 3 and 4 grow from the best supports found so far, by the code that helps most, and then take the
+// best of all weights for that support.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "dispatch.hpp"
+#include "vqkernels.h"
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::int32_t kMaxSupport = VQ_LATTICE_MAX_SUPPORT;
+// Above this many codes the table of separations (64 MiB) is not kept; rows are made when needed.
+constexpr std::int32_t kMaxTableCodes = 4096;
+constexpr std::int32_t kExtensions = 4;  // codes tried per support that grows
+
+struct State {
+  float error = kInfinity;
+  std::int32_t size = 0;
+  std::int32_t index[kMaxSupport] = {};
+  std::int32_t numerator[kMaxSupport] = {};
+};
+
+// Heaviest code first, ties by lower index.
+void make_canonical(State &state) {
+  for (std::int32_t i = 1; i < state.size; ++i) {
+    const std::int32_t index = state.index[i];
+    const std::int32_t numerator = state.numerator[i];
+    std::int32_t at = i;
+    for (; at > 0 && (state.numerator[at - 1] < numerator ||
+                      (state.numerator[at - 1] == numerator && state.index[at - 1] > index));
+         --at) {
+      state.index[at] = state.index[at - 1];
+      state.numerator[at] = state.numerator[at - 1];
+    }
+    state.index[at] = index;
+    state.numerator[at] = numerator;
+  }
+}
+
+bool holds(const State &state, std::int32_t index) {
+  return std::find(state.index, state.index + state.size, index) != state.index + state.size;
+}
+
+bool same_support(const State &a, const State &b) {
+  return a.size == b.size &&
+         std::all_of(a.index, a.index + a.size, [&](std::int32_t i) { return holds(b, i); });
+}
+
+bool same_state(const State &a, const State &b) {
+  return a.size == b.size && std::equal(a.index, a.index + a.size, b.index) &&
+         std::equal(a.numerator, a.numerator + a.size, b.numerator);
+}
+
+// The best states so far, best first; equal errors keep their order of arrival.
+class Best {
+ public:
+  Best(std::int32_t capacity, bool one_per_support)
+      : capacity_(static_cast<std::size_t>(capacity)), one_per_support_(one_per_support) {
+    states_.reserve(capacity_ + 1);
+  }
+
+  void clear() { states_.clear(); }
+  const std::vector<State> &states() const { return states_; }
+  float worst() const { return states_.size() < capacity_ ? kInfinity : states_.back().error; }
+
+  void add(const State &state) {
+    if (capacity_ == 0 || !(state.error < worst())) {
+      return;
+    }
+    const auto twin = std::find_if(states_.begin(), states_.end(), [&](const State &other) {
+      return one_per_support_ ? same_support(other, state) : same_state(other, state);
+    });
+    if (twin != states_.end()) {
+      if (!(state.error < twin->error)) {
+        return;
+      }
+      states_.erase(twin);
+    }
+    const auto at = std::upper_bound(
+        states_.begin(), states_.end(), state.error,
+        [](float error, const State &other) { return error < other.error; });
+    states_.insert(at, state);
+    if (states_.size() > capacity_) {
+      states_.pop_back();
+    }
+  }
+
+ private:
+  std::size_t capacity_;
+  bool one_per_support_;
+  std::vector<State> states_;
+};
+
+// All compositions of n into `size` positive parts, and their coefficients for EvaluateJob.
+struct Compositions {
+  std::int32_t count = 0;
+  std::int32_t padded = 0;
+  std::vector<std::int32_t> parts;   // [count][kMaxSupport]
+  std::vector<float> coefficients;  // [terms][padded]; the padding can never win
+};
+
+// The `number`-th choice of all parts but the last, which takes the rest; false if there is none.
+bool choose_parts(std::int32_t number, std::int32_t denominator, std::int32_t size,
+                  std::int32_t *parts) {
+  std::int32_t rest = denominator;
+  for (std::int32_t slot = 0; slot < size - 1; ++slot) {
+    parts[slot] = 1 + number % denominator;
+    number /= denominator;
+    rest -= parts[slot];
+  }
+  parts[size - 1] = rest;
+  return rest >= 1;
+}
+
+Compositions make_compositions(std::int32_t denominator, std::int32_t size) {
+  Compositions out;
+  std::int32_t choices = 1;
+  for (std::int32_t slot = 1; slot < size; ++slot) {
+    choices *= denominator;
+  }
+  for (std::int32_t number = 0; number < choices; ++number) {
+    std::int32_t parts[kMaxSupport] = {};
+    if (choose_parts(number, denominator, size, parts)) {
+      out.parts.insert(out.parts.end(), parts, parts + kMaxSupport);
+      ++out.count;
+    }
+  }
+  out.padded = (out.count + vq::kLanes - 1) / vq::kLanes * vq::kLanes;
+  const std::int32_t terms = size + size * (size - 1) / 2;
+  out.coefficients.assign(static_cast<std::size_t>(terms) * out.padded, 0.0f);
+  const float n = static_cast<float>(denominator);
+  for (std::int32_t c = 0; c < out.count; ++c) {
+    const std::int32_t *part = out.parts.data() + c * kMaxSupport;
+    float *column = out.coefficients.data() + c;
+    std::int32_t term = 0;
+    for (std::int32_t a = 0; a < size; ++a) {
+      column[term++ * out.padded] = static_cast<float>(part[a]) / n;
+    }
+    for (std::int32_t b = 1; b < size; ++b) {
+      for (std::int32_t a = 0; a < b; ++a) {
+        column[term++ * out.padded] = -static_cast<float>(part[a] * part[b]) / (n * n);
+      }
+    }
+  }
+  return out;
+}
+
+// Squared distances between codes, made row by row when first asked for.
+class Separations {
+ public:
+  Separations(const vq_lattice_job &job, const vq::LatticeOps &ops, const float *transposed,
+              std::int32_t padded)
+      : job_(job), ops_(ops), transposed_(transposed), padded_(padded),
+        is_table_(job.num_codes <= kMaxTableCodes) {
+    const std::int32_t rows = is_table_ ? job.num_codes : kMaxSupport;
+    rows_.reset(new float[static_cast<std::size_t>(rows) * padded]);
+    made_.assign(is_table_ ? job.num_codes : 0, 0);
+  }
+
+  // Row of code i: |c_i - c_j|^2, -inf for j = i and for copies of c_i. Without a table it lies in
+  // scratch `slot` until the slot is used again.
+  const float *row(std::int32_t i, std::int32_t slot) {
+    float *out = rows_.get() + static_cast<std::int64_t>(is_table_ ? i : slot) * padded_;
+    if (is_table_ && made_[i] != 0) {
+      return out;
+    }
+    ops_.distances(code(i), transposed_, job_.num_features, padded_, out);
+    for (std::int32_t j = 0; j < job_.num_codes; ++j) {
+      out[j] = out[j] > 0.0f ? out[j] : -kInfinity;
+    }
+    if (is_table_) {
+      made_[i] = 1;
+    }
+    return out;
+  }
+
+  // One entry, by the same operations in the same order.
+  float between(std::int32_t i, std::int32_t j) const {
+    if (is_table_ && made_[i] != 0) {
+      return rows_[static_cast<std::size_t>(i) * padded_ + j];
+    }
+    const float *a = code(i);
+    const float *b = code(j);
+    float sum = 0.0f;
+    for (std::int32_t f = 0; f < job_.num_features; ++f) {
+      const float difference = a[f] - b[f];
+      sum = sum + difference * difference;
+    }
+    return sum > 0.0f ? sum : -kInfinity;
+  }
+
+ private:
+  const float *code(std::int32_t i) const {
+    return job_.codebook + static_cast<std::int64_t>(i) * job_.num_features;
+  }
+
+  const vq_lattice_job &job_;
+  const vq::LatticeOps &ops_;
+  const float *transposed_;
+  std::int32_t padded_;
+  bool is_table_;
+  std::unique_ptr<float[]> rows_;  // not cleared: pages of rows that nobody asks for stay unused
+  std::vector<std::uint8_t> made_;
+};
+
+class Search {
+ public:
+  explicit Search(const vq_lattice_job &job)
+      : job_(job), ops_(vq::lattice_ops()), padded_(round_up(job.num_codes)),
+        transposed_(transpose(job, padded_)), rows_(job, ops_, transposed_.data(), padded_),
+        distances_(static_cast<std::size_t>(padded_)),
+        mixed_(static_cast<std::size_t>(job.max_support > 2 ? padded_ : 0)),
+        order_(static_cast<std::size_t>(job.num_codes)), best_(job.count, false),
+        beam_(job.max_support > 2 ? job.beam : 0, true), grown_(beam_), codes_(kExtensions, true) {
+    for (std::int32_t size = 2; size <= job.max_support; ++size) {
+      compositions_[size] = make_compositions(job.denominator, size);
+    }
+  }
+
+  void run() {
+    for (std::int32_t row = 0; row < job_.num_latents; ++row) {
+      search_latent(job_.latents + static_cast<std::int64_t>(row) * job_.num_features);
+      write(row);
+    }
+  }
+
+ private:
+  static std::int32_t round_up(std::int32_t count) {
+    return (count + vq::kLanes - 1) / vq::kLanes * vq::kLanes;
+  }
+
+  static std::vector<float> transpose(const vq_lattice_job &job, std::int32_t padded) {
+    std::vector<float> out(static_cast<std::size_t>(job.num_features) * padded, 0.0f);
+    for (std::int32_t j = 0; j < job.num_codes; ++j) {
+      for (std::int32_t f = 0; f < job.num_features; ++f) {
+        out[static_cast<std::size_t>(f) * padded + j] =
+            job.codebook[static_cast<std::size_t>(j) * job.num_features + f];
+      }
+    }
+    return out;
+  }
+
+  void search_latent(const float *z) {
+    ops_.distances(z, transposed_.data(), job_.num_features, padded_, distances_.data());
+    std::fill(distances_.begin() + job_.num_codes, distances_.end(), kInfinity);
+    best_.clear();
+    beam_.clear();
+    const std::int32_t heavy = nearest(std::max(job_.heavy, std::min(job_.count, job_.num_codes)));
+    add_singles(heavy);
+    if (job_.max_support > 1) {
+      const std::int32_t scanned = std::min(heavy, job_.heavy);
+      for (std::int32_t at = 0; at < scanned; ++at) {
+        scan_pairs(code_at(at));
+      }
+    }
+    for (std::int32_t size = 3; size <= job_.max_support; ++size) {
+      grow(size);
+    }
+  }
+
+  std::int32_t code_at(std::int32_t at) const {
+    return static_cast<std::int32_t>(order_[at] & 0xffffffffu);
+  }
+
+  // Sorts the `wanted` nearest codes to the front of order_, ties by lower index. Distances are
+  // not negative, so their bits sort like integers.
+  std::int32_t nearest(std::int32_t wanted) {
+    for (std::int32_t j = 0; j < job_.num_codes; ++j) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &distances_[j], sizeof bits);
+      order_[j] = (static_cast<std::uint64_t>(bits) << 32) | static_cast<std::uint32_t>(j);
+    }
+    wanted = std::min(wanted, job_.num_codes);
+    if (wanted < job_.num_codes) {
+      std::nth_element(order_.begin(), order_.begin() + wanted, order_.end());
+    }
+    std::sort(order_.begin(), order_.begin() + wanted);
+    return wanted;
+  }
+
+  void add_singles(std::int32_t count) {
+    State state;
+    state.size = 1;
+    state.numerator[0] = job_.denominator;
+    for (std::int32_t at = 0; at < count; ++at) {
+      state.index[0] = code_at(at);
+      state.error = distances_[state.index[0]];
+      if (at > 0 && !(state.error < best_.worst())) {
+        break;
+      }
+      best_.add(state);
+    }
+  }
+
+  // The scan that is under way: `state` plus one more code.
+  struct Scan {
+    Search *search;
+    const State *state;
+    float base;  // error of `state`
+    float add[vq::kMaxWeights];
+  };
+
+  void set_limits(vq::ScanJob &job, const Scan &scan, float worst) const {
+    for (std::int32_t w = 0; w < job.num_weights; ++w) {
+      job.limit[w] = (worst - job.keep[w] * scan.base) / scan.add[w];
+    }
+  }
+
+  void scan_with(const State &state, float base, const float *separation, float worst,
+                 vq::ScanHandler handler) {
+    vq::ScanJob job;
+    Scan scan{this, &state, base, {}};
+    job.distances = distances_.data();
+    job.separation = separation;
+    job.padded = padded_;
+    job.num_weights = job_.denominator / 2;
+    const float n = static_cast<float>(job_.denominator);
+    for (std::int32_t w = 0; w < job.num_weights; ++w) {
+      scan.add[w] = static_cast<float>(w + 1) / n;
+      job.keep[w] = static_cast<float>(job_.denominator - w - 1) / n;
+    }
+    set_limits(job, scan, worst);
+    ops_.scan(job, handler, &scan);
+  }
+
+  static float scanned_error(const Scan &scan, const vq::ScanJob &job, std::int32_t weight,
+                             std::int32_t code) {
+    const float keep = job.keep[weight];
+    const float rest = job.distances[code] - keep * job.separation[code];
+    return keep * scan.base + scan.add[weight] * rest;
+  }
+
+  float pair_limit() const { return std::max(best_.worst(), beam_limit(beam_)); }
+
+  float beam_limit(const Best &beam) const {
+    return job_.max_support > 2 ? beam.worst() : -kInfinity;
+  }
+
+  void scan_pairs(std::int32_t heavy) {
+    State state;
+    state.size = 2;
+    state.index[0] = heavy;
+    scan_with(state, distances_[heavy], rows_.row(heavy, 0), pair_limit(), on_pairs);
+  }
+
+  static void on_pairs(void *context, vq::ScanJob &job, std::int32_t weight,
+                       std::int32_t first_code, std::uint32_t lanes) {
+    Scan &scan = *static_cast<Scan *>(context);
+    Search &self = *scan.search;
+    for (std::int32_t j = first_code; lanes != 0; ++j, lanes >>= 1) {
+      if ((lanes & 1u) == 0) {
+        continue;
+      }
+      State state = *scan.state;
+      state.index[1] = j;
+      state.numerator[1] = weight + 1;
+      state.numerator[0] = self.job_.denominator - weight - 1;
+      state.error = scanned_error(scan, job, weight, j);
+      make_canonical(state);
+      self.best_.add(state);
+      self.beam_.add(state);
+    }
+    self.set_limits(job, scan, self.pair_limit());
+  }
+
+  void grow(std::int32_t size) {
+    grown_.clear();
+    for (const State &state : beam_.states()) {
+      if (state.size == size - 1) {
+        extend(state);
+      }
+    }
+    std::swap(beam_, grown_);
+  }
+
+  // Finds the codes that help `state` most with its weights shrunk, then all weights for each.
+  void extend(const State &state) {
+    const float *rows[kMaxSupport];
+    float weights[kMaxSupport];
+    float offset = 0.0f;
+    for (std::int32_t a = 0; a < state.size; ++a) {
+      rows[a] = rows_.row(state.index[a], a);
+      weights[a] = static_cast<float>(state.numerator[a]) / static_cast<float>(job_.denominator);
+      for (std::int32_t b = 0; b < a; ++b) {
+        offset = offset - weights[a] * weights[b] * rows_.between(state.index[a], state.index[b]);
+      }
+    }
+    ops_.mix(rows, weights, state.size, offset, padded_, mixed_.data());
+    codes_.clear();
+    scan_with(state, state.error, mixed_.data(), kInfinity, on_extensions);
+    for (const State &found : codes_.states()) {
+      State support = state;
+      support.index[support.size++] = found.index[0];
+      weigh(support);
+    }
+  }
+
+  static void on_extensions(void *context, vq::ScanJob &job, std::int32_t weight,
+                            std::int32_t first_code, std::uint32_t lanes) {
+    Scan &scan = *static_cast<Scan *>(context);
+    Search &self = *scan.search;
+    State found;
+    found.size = 1;
+    for (std::int32_t j = first_code; lanes != 0; ++j, lanes >>= 1) {
+      if ((lanes & 1u) != 0) {
+        found.index[0] = j;
+        found.error = scanned_error(scan, job, weight, j);
+        self.codes_.add(found);
+      }
+    }
+    self.set_limits(job, scan, self.codes_.worst());
+  }
+
+  struct Weighing {
+    Search *search;
+    const State *support;
+  };
+
+  float weigh_limit() const { return std::max(best_.worst(), beam_limit(grown_)); }
+
+  // Tries all weights on a support.
+  void weigh(const State &support) {
+    const Compositions &all = compositions_[support.size];
+    vq::EvaluateJob job;
+    job.coefficients = all.coefficients.data();
+    job.padded = all.padded;
+    job.num_terms = 0;
+    for (std::int32_t a = 0; a < support.size; ++a) {
+      job.values[job.num_terms++] = distances_[support.index[a]];
+    }
+    for (std::int32_t b = 1; b < support.size; ++b) {
+      for (std::int32_t a = 0; a < b; ++a) {
+        job.values[job.num_terms++] = rows_.between(support.index[a], support.index[b]);
+      }
+    }
+    job.limit = weigh_limit();
+    Weighing weighing{this, &support};
+    ops_.evaluate(job, on_weights, &weighing);
+  }
+
+  static float on_weights(void *context, std::int32_t first, std::uint32_t lanes,
+                          const float *errors) {
+    const Weighing &weighing = *static_cast<Weighing *>(context);
+    Search &self = *weighing.search;
+    const Compositions &all = self.compositions_[weighing.support->size];
+    for (std::int32_t lane = 0; lane < vq::kLanes && first + lane < all.count; ++lane) {
+      if (((lanes >> lane) & 1u) == 0) {
+        continue;
+      }
+      State state = *weighing.support;
+      const std::int32_t *parts = all.parts.data() + (first + lane) * kMaxSupport;
+      std::copy_n(parts, state.size, state.numerator);
+      state.error = errors[lane];
+      make_canonical(state);
+      self.best_.add(state);
+      self.grown_.add(state);
+    }
+    return self.weigh_limit();
+  }
+
+  void write(std::int32_t row) const {
+    const std::vector<State> &states = best_.states();
+    for (std::int32_t slot = 0; slot < job_.count; ++slot) {
+      // Fewer states than slots exist: repeat the best at an error that never wins.
+      const bool is_real = slot < static_cast<std::int32_t>(states.size());
+      const State &state = states[is_real ? slot : 0];
+      const std::int64_t at = static_cast<std::int64_t>(row) * job_.count + slot;
+      job_.errors[at] = is_real ? std::max(state.error, 0.0f) : kInfinity;
+      for (std::int32_t i = 0; i < job_.max_support; ++i) {
+        const bool is_used = i < state.size;
+        job_.indices[at * job_.max_support + i] = state.index[is_used ? i : 0];
+        job_.numerators[at * job_.max_support + i] = is_used ? state.numerator[i] : 0;
+      }
+    }
+  }
+
+  const vq_lattice_job &job_;
+  const vq::LatticeOps &ops_;
+  std::int32_t padded_;
+  std::vector<float> transposed_;
+  Separations rows_;
+  std::vector<float> distances_;
+  std::vector<float> mixed_;
+  std::vector<std::uint64_t> order_;
+  Best best_;
+  Best beam_;
+  Best grown_;
+  Best codes_;
+  Compositions compositions_[kMaxSupport + 1];
+};
+
+bool all_finite(const float *values, std::int64_t count) {
+  // The exponent bits of NaN and infinity are all ones; a sum of flags vectorises.
+  std::uint32_t bad = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    bad |= static_cast<std::uint32_t>((bits & 0x7f800000u) == 0x7f800000u);
+  }
+  return bad == 0;
+}
+
+bool in_range(std::int32_t value, std::int32_t low, std::int32_t high) {
+  return value >= low && value <= high;
+}
+
+std::int32_t check(const vq_lattice_job *job) {
+  if (job == nullptr || job->latents == nullptr || job->codebook == nullptr ||
+      job->errors == nullptr || job->indices == nullptr || job->numerators == nullptr) {
+    return VQ_ERR_NULL;
+  }
+  const bool fits = in_range(job->num_latents, 0, VQ_MAX_FEATURES) &&
+                    in_range(job->num_features, 1, VQ_LATTICE_MAX_FEATURES) &&
+                    in_range(job->num_codes, 1, VQ_LATTICE_MAX_CODES) &&
+                    in_range(job->denominator, 1, VQ_LATTICE_MAX_DENOMINATOR) &&
+                    in_range(job->max_support, 1, VQ_LATTICE_MAX_SUPPORT) &&
+                    job->max_support <= std::min(job->num_codes, job->denominator) &&
+                    in_range(job->heavy, 1, VQ_LATTICE_MAX_CODES) &&
+                    in_range(job->beam, 1, VQ_LATTICE_MAX_STATES) &&
+                    in_range(job->count, 1, VQ_LATTICE_MAX_STATES);
+  if (!fits) {
+    return VQ_ERR_SHAPE;
+  }
+  const std::int64_t features = job->num_features;
+  const bool finite = all_finite(job->latents, job->num_latents * features) &&
+                      all_finite(job->codebook, job->num_codes * features);
+  return finite ? VQ_OK : VQ_ERR_NONFINITE;
+}
+
+}  // namespace
+
+std::int32_t vq_lattice_search(const vq_lattice_job *job) {
+  const std::int32_t status = check(job);
+  if (status != VQ_OK) {
+    return status;
+  }
+  try {
+    Search(*job).run();
+  } catch (const std::bad_alloc &) {
+    return VQ_ERR_MEMORY;
+  }
+  return VQ_OK;
+}
