@@ -1,12 +1,14 @@
-"""Training images in memory: zips, folders, class folders, single pictures and video clips.
+"""Training images: zips, folders, class folders, single pictures and video clips.
 
 Every source becomes an `ImageSet`; batches are random crops, a pure function of the generator
-given. Pictures are never written to disk. This module knows nothing of models.
+given. Pictures are never written to disk. Official data sets and sets that do not fit in memory
+are opened by `scq.datasets`. This module knows nothing of models.
 """
 
 from __future__ import annotations
 
 import zipfile
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,20 +39,28 @@ GTSRB_CLASSES = (
 )  # fmt: skip
 
 
+class PictureSequence(Sequence[Pixels]):
+    """Pictures that are read when they are asked for; see `datasets.lazy`."""
+
+    @abstractmethod
+    def select(self, positions: Sequence[int]) -> PictureSequence:
+        """The pictures at `positions`, in that order, unread."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded pictures, (H, W, 3) uint8 each, of any sizes.
+    """Pictures, (H, W, 3) uint8 each, of any sizes: decoded, or a `PictureSequence`.
 
     `labels` are indices into `classes`; both are empty for pictures without class folders.
     """
 
-    images: tuple[Pixels, ...]
+    images: Sequence[Pixels]
     names: tuple[str, ...]
     labels: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.images:
+        if len(self.images) == 0:
             raise ScqError("no images found; give zips, folders, pictures or video clips")
         if self.labels and len(self.labels) != len(self.images):
             raise ScqError(f"{len(self.labels)} labels for {len(self.images)} images")
@@ -61,7 +71,7 @@ class ImageSet:
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """The images at `positions`, in that order."""
         return ImageSet(
-            tuple(self.images[i] for i in positions),
+            _select(self.images, positions),
             tuple(self.names[i] for i in positions),
             tuple(self.labels[i] for i in positions) if self.labels else (),
             self.classes,
@@ -153,6 +163,12 @@ def sample_batch(
 def to_tensor(image: Pixels) -> Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1).unsqueeze(0)
+
+
+def _select(images: Sequence[Pixels], positions: Sequence[int]) -> Sequence[Pixels]:
+    if isinstance(images, PictureSequence):
+        return images.select(positions)
+    return tuple(images[i] for i in positions)
 
 
 def _kept_count(total: int, fraction: float) -> int:
