@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scq.backbones import Backbone, NetworkShape, ResidualBlock, build_decoder, build_encoder
 from scq.errors import (
     InvalidCodebook,
     InvalidImage,
@@ -56,7 +57,8 @@ class ModelConfig:
     `encoder_widths` and `decoder_widths` are channels from the finest level to the coarsest, one
     level per halving; `patch` is the pixel-unshuffle in front of the finest, so that
     patch * 2^(levels - 1) = stride. `head_pooling` "mean" averages the head's features over any
-    grid; "grid" keeps every position apart and so needs kind "crop".
+    grid; "grid" keeps every position apart and so needs kind "crop". `head_levels` residual
+    blocks on ever halved grids come before the pooling. Backbones: see `backbones`.
 
     Raises:
         ScqError: a field out of range, naming it.
@@ -80,6 +82,9 @@ class ModelConfig:
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
     head_width: int = 96
     head_pooling: Literal["mean", "grid"] = "mean"
+    head_levels: int = 0
+    encoder_backbone: Backbone = "cnn"
+    decoder_backbone: Backbone = "cnn"
 
     def __post_init__(self) -> None:
         if not self.name or self.kind not in ("frame", "crop"):
@@ -96,9 +101,11 @@ class ModelConfig:
             raise ScqError(
                 f"head_pooling {self.head_pooling!r} does not fit kind {self.kind!r}; use 'mean'"
             )
+        if self.head_levels < 0:
+            raise ScqError(f"head_levels must be >= 0, got {self.head_levels}")
         if not self.lam >= 0:
             raise ScqError(f"lam must be >= 0, got {self.lam}")
-        _ = self.lattice
+        _ = self.lattice, self.encoder_shape, self.decoder_shape
 
     def _check_levels(self) -> None:
         levels = len(self.encoder_widths)
@@ -112,11 +119,29 @@ class ModelConfig:
             )
 
     @property
+    def encoder_shape(self) -> NetworkShape:
+        """The encoder's layout."""
+        return self._shape(self.encoder_backbone, self.encoder_widths, self.encoder_blocks)
+
+    @property
+    def decoder_shape(self) -> NetworkShape:
+        """The decoder's layout."""
+        return self._shape(self.decoder_backbone, self.decoder_widths, self.decoder_blocks)
+
+    def _shape(
+        self, backbone: Backbone, widths: tuple[int, ...], blocks: tuple[int, ...]
+    ) -> NetworkShape:
+        return NetworkShape(backbone, self.code_dim, self.patch, widths, blocks)
+
+    @property
     def head_positions(self) -> int:
         """How many grid positions the head's last layer sees apart from each other."""
         if self.head_pooling == "mean":
             return 1
-        return (self.max_width // self.stride) * (self.max_height // self.stride)
+        across, down = self.max_width // self.stride, self.max_height // self.stride
+        for _ in range(self.head_levels):
+            across, down = -(-across // 2), -(-down // 2)
+        return across * down
 
     @property
     def lattice(self) -> LatticeCode:
@@ -145,38 +170,27 @@ class ModelConfig:
             raise ScqError(f"model config is not valid: {error}") from error
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))). Starts as the identity, so deep stacks train unnormalised."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
-        for parameter in self.second.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, width, h, w) -> same shape."""
-        hidden = self.first(functional.silu(features))
-        residual: Tensor = self.second(functional.silu(hidden))
-        return features + residual
-
-
 class ClassifierHead(nn.Module):
-    """Labels from a decoded grid: two 3x3 convolutions, pooling, linear."""
+    """Labels from a decoded grid: two 3x3 convolutions, coarser levels, pooling, linear."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, self.positions = config.head_width, config.head_positions
         self.first = nn.Conv2d(config.code_dim, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.levels = nn.Sequential(
+            *(
+                nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), ResidualBlock(width))
+                for _ in range(config.head_levels)
+            )
+        )
         self.dropout = nn.Dropout(0.3)
         self.linear = nn.Linear(width * self.positions, len(config.classes))
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, code_dim, h, w) -> (B, num_classes) logits."""
         hidden = functional.silu(self.first(grid))
-        hidden = functional.silu(self.second(hidden) + hidden)
+        hidden = functional.silu(self.levels(self.second(hidden) + hidden))
         pooled = hidden.mean(dim=(2, 3)) if self.positions == 1 else hidden.flatten(1)
         logits: Tensor = self.linear(self.dropout(pooled))
         return logits
@@ -192,9 +206,9 @@ class ScqAutoencoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _build_encoder(config)
+        self.encoder = build_encoder(config.encoder_shape)
         self.quantizer = SCQLayer(config.code_dim, config.num_codes, config.lam)
-        self.decoder = _build_decoder(config)
+        self.decoder = build_decoder(config.decoder_shape)
         self.head: ClassifierHead | None = None
         if config.classes:
             self.head = ClassifierHead(config)
@@ -377,30 +391,3 @@ def _storage_tensors(model: ScqAutoencoder) -> tuple[dict[str, Tensor], int]:
 
 def _contiguous(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-def _build_encoder(config: ModelConfig) -> nn.Sequential:
-    widths = config.encoder_widths
-    layers: list[nn.Module] = [nn.PixelUnshuffle(config.patch)]
-    layers.append(_conv3(3 * config.patch**2, widths[0]))
-    for level, width in enumerate(widths):
-        if level > 0:
-            layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
-        layers += [ResidualBlock(width) for _ in range(config.encoder_blocks[level])]
-    layers.append(nn.Conv2d(widths[-1], config.code_dim, 1))
-    return nn.Sequential(*layers)
-
-
-def _build_decoder(config: ModelConfig) -> nn.Sequential:
-    widths = config.decoder_widths
-    layers: list[nn.Module] = [nn.Conv2d(config.code_dim, widths[-1], 1)]
-    for level in reversed(range(len(widths))):
-        layers += [ResidualBlock(widths[level]) for _ in range(config.decoder_blocks[level])]
-        if level > 0:
-            layers += [nn.Conv2d(widths[level], 4 * widths[level - 1], 1), nn.PixelShuffle(2)]
-    layers += [_conv3(widths[0], 3 * config.patch**2), nn.PixelShuffle(config.patch)]
-    return nn.Sequential(*layers)
