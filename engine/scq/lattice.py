@@ -2,22 +2,31 @@
 
 This is what SCQ transmits instead of real weights (ARCHITECTURE decision 2). A latent becomes at
 most `max_support` code indices and integer numerators that sum to `denominator`; one code alone
-is plain vector quantization. This module knows nothing of bytes, images or networks.
+is plain vector quantization. Searches run on the native kernels for float32 tensors in CPU memory
+where those are installed, else on torch (`scq.lattice_torch`): the same states are searched, and
+only ties within rounding may fall differently. Knows nothing of bytes, images or networks.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from scq import lattice_torch
 from scq.errors import InvalidCodebook, InvalidLatents, UnsupportedOperation
-
-# Scratch floats of the pair search: 16 latents x 256 x 256 pairs stay inside a core's L2 cache,
-# where the search took 25 us a latent; 64 latents a chunk took 30 % longer.
-_SCRATCH_FLOATS = 1 << 20
+from vqkernels import native_status
+from vqkernels.lattice import (
+    MAX_CODES,
+    MAX_DENOMINATOR,
+    MAX_STATES,
+    MAX_SUPPORT,
+    LatticeEffort,
+    lattice_search,
+)
 
 
 @dataclass(frozen=True)
@@ -78,34 +87,65 @@ class LatticeAssignment:
         return (self.numerators > 0).sum(dim=1)
 
 
-def search(latents: Tensor, codebook: Tensor, code: LatticeCode) -> LatticeAssignment:
-    """Best assignment of every latent: the exact minimum of the squared error over all states.
+@dataclass(frozen=True)
+class Candidates:
+    """The best states of N latents, best first, for a choice that also weighs bits.
 
-    Pairs are scanned through the Gram matrix: with weights a, b (a + b = 1),
-    ||z - a c_i - b c_j||^2 - ||z||^2 = (a^2 G_ii - 2a z.c_i) + (b^2 G_jj - 2b z.c_j) + 2ab G_ij,
-    a constant (K, K) table plus one row and one column vector per latent. Nothing is screened, so
-    nothing can be missed: a mutually distant pair around the latent may beat its neighbours.
+    errors: (N, B) squared errors in the latents' units, +inf where a latent has fewer than B
+    states (such rows repeat the first). indices, numerators: (N, B, max_support) int64, each row
+    canonical as in `LatticeAssignment`.
+    """
+
+    errors: Tensor
+    indices: Tensor
+    numerators: Tensor
+
+    def __len__(self) -> int:
+        return int(self.errors.shape[0])
+
+    @property
+    def best(self) -> LatticeAssignment:
+        """The state of least error of every latent."""
+        return LatticeAssignment(self.indices[:, 0], self.numerators[:, 0])
+
+
+def search(
+    latents: Tensor, codebook: Tensor, code: LatticeCode, *, exact: bool = False
+) -> LatticeAssignment:
+    """Best assignment of every latent: least squared error over the states that are searched.
+
+    Single codes are searched whole. Pairs are searched whole among those whose heavier code is one
+    of the nearest (all pairs if `exact`, or if there are few codes). Supports of 3 and 4 grow from
+    the best supports of one code less and take the best of all weights.
 
     Args:
-        latents: (N, F) float32 or float64.
+        latents: (N, F), any float dtype.
         codebook: (K, F), same dtype, K = `code.num_codes`.
+        exact: guarantee the minimum over all states, up to rounding.
 
     Raises:
         InvalidLatents, InvalidCodebook: wrong shape, NaN or infinity.
-        UnsupportedOperation: `code.max_support` above 2, for which no exact search exists here.
+        UnsupportedOperation: no search exists for this code, or no exact one (supports above 2).
     """
-    _check_inputs(latents, codebook, code)
-    with torch.no_grad():
-        # Weights sum to one, so a common shift changes no error and saves float32 digits.
-        center = codebook.mean(dim=0)
-        codes = codebook.detach() - center
-        gram = codes @ codes.T
-        products = (latents.detach() - center) @ codes.T
-        best = _nearest_single(gram, products, code)
-        if code.max_support == 2:
-            for light in range(1, code.denominator // 2 + 1):
-                best = _improve_with_pairs(best, gram, products, light, code.denominator)
-    return LatticeAssignment(best.indices, best.numerators)
+    if exact and code.max_support > 2:
+        raise UnsupportedOperation(
+            f"exact search covers supports of 1 and 2 codes, got max_support {code.max_support}; "
+            "leave out exact"
+        )
+    effort = LatticeEffort(heavy=code.num_codes) if exact else LatticeEffort()
+    return _search_states(latents, codebook, code, effort).best
+
+
+def search_candidates(
+    latents: Tensor, codebook: Tensor, code: LatticeCode, count: int
+) -> Candidates:
+    """The best `count` distinct states (1..256) of every latent, searched as in `search`.
+
+    Raises as `search`, and UnsupportedOperation for a count outside 1..256.
+    """
+    if not 1 <= count <= MAX_STATES:
+        raise UnsupportedOperation(f"count is {count}, must lie in 1..{MAX_STATES}")
+    return _search_states(latents, codebook, code, LatticeEffort(count=count))
 
 
 def reconstruct(assignment: LatticeAssignment, codebook: Tensor) -> Tensor:
@@ -115,69 +155,43 @@ def reconstruct(assignment: LatticeAssignment, codebook: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * codebook[assignment.indices]).sum(dim=1)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Best states so far and their squared errors less ||z||^2."""
-
-    errors: Tensor
-    indices: Tensor
-    numerators: Tensor
-
-
-def _nearest_single(gram: Tensor, products: Tensor, code: LatticeCode) -> _Candidate:
-    errors, index = (gram.diagonal() - 2 * products).min(dim=1)
-    indices = index.unsqueeze(1).repeat(1, code.max_support)
-    numerators = torch.zeros_like(indices)
-    numerators[:, 0] = code.denominator
-    return _Candidate(errors, indices, numerators)
-
-
-def _improve_with_pairs(
-    best: _Candidate, gram: Tensor, products: Tensor, light: int, denominator: int
-) -> _Candidate:
-    """Replace states that a pair with numerators (denominator - light, light) beats strictly."""
-    heavy_weight, light_weight = 1 - light / denominator, light / denominator
-    diagonal = gram.diagonal()
-    heavy_cost = heavy_weight**2 * diagonal - 2 * heavy_weight * products
-    light_cost = light_weight**2 * diagonal - 2 * light_weight * products
-    coupling = 2 * heavy_weight * light_weight * gram
-    coupling.fill_diagonal_(math.inf)
-    errors, pairs = _min_plus(heavy_cost, light_cost, coupling)
-    if 2 * light == denominator:
-        pairs = pairs.sort(dim=1).values
-    better = errors < best.errors
-    numerators = torch.tensor([denominator - light, light], device=pairs.device)
-    return _Candidate(
-        torch.where(better, errors, best.errors),
-        torch.where(better.unsqueeze(1), pairs, best.indices),
-        torch.where(better.unsqueeze(1), numerators, best.numerators),
-    )
+def _search_states(
+    latents: Tensor, codebook: Tensor, code: LatticeCode, effort: LatticeEffort
+) -> Candidates:
+    _check_inputs(latents, codebook, code)
+    with torch.no_grad():
+        if latents.dtype == torch.float32 and latents.device.type == "cpu" and _has_native():
+            states = lattice_search(
+                latents.detach().numpy(),
+                codebook.detach().numpy(),
+                code.max_support,
+                code.denominator,
+                effort,
+            )
+            return Candidates(
+                torch.from_numpy(states.errors),
+                torch.from_numpy(states.indices),
+                torch.from_numpy(states.numerators),
+            )
+        found = lattice_torch.search_states(
+            latents, codebook, code.max_support, code.denominator, effort
+        )
+    return Candidates(found.errors, found.indices, found.numerators)
 
 
-def _min_plus(rows: Tensor, columns: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Per latent, min and argmin over (i, j) of rows[i] + columns[j] + table[i, j]."""
-    num_codes = table.shape[0]
-    chunk = max(1, _SCRATCH_FLOATS // (num_codes * num_codes))
-    scratch = table.new_empty(chunk, num_codes, num_codes)
-    errors, pairs = [], []
-    for start in range(0, rows.shape[0], chunk):
-        row, column = rows[start : start + chunk], columns[start : start + chunk]
-        sums = torch.add(table, column.unsqueeze(1), out=scratch[: row.shape[0]])
-        best, first = (sums.amin(dim=2) + row).min(dim=1)
-        # Recomputing one row is cheaper than tracking the argmin through the whole reduction.
-        second = (table[first] + column).argmin(dim=1)
-        errors.append(best)
-        pairs.append(torch.stack((first, second), dim=1))
-    if not errors:
-        return rows.new_empty(0), torch.empty(0, 2, dtype=torch.int64, device=rows.device)
-    return torch.cat(errors), torch.cat(pairs)
+@functools.cache
+def _has_native() -> bool:
+    return native_status().available
 
 
 def _check_inputs(latents: Tensor, codebook: Tensor, code: LatticeCode) -> None:
-    if code.max_support > 2:
+    if code.max_support > MAX_SUPPORT or code.denominator > MAX_DENOMINATOR:
         raise UnsupportedOperation(
-            f"lattice search covers supports of 1 and 2 codes, got max_support {code.max_support}"
+            f"lattice search covers supports up to {MAX_SUPPORT} codes and denominators up to "
+            f"{MAX_DENOMINATOR}, got max_support {code.max_support}, denominator {code.denominator}"
         )
+    if code.num_codes > MAX_CODES:
+        raise UnsupportedOperation(f"lattice search covers {MAX_CODES} codes, not {code.num_codes}")
     if codebook.ndim != 2 or codebook.shape[0] != code.num_codes:
         raise InvalidCodebook(
             f"codebook must be ({code.num_codes}, F), got {tuple(codebook.shape)}"

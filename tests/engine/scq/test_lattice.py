@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from scq import lattice, lattice_torch
 from scq.errors import InvalidCodebook, InvalidLatents, UnsupportedOperation
-from scq.lattice import LatticeAssignment, LatticeCode, reconstruct, search
+from scq.lattice import (
+    Candidates,
+    LatticeAssignment,
+    LatticeCode,
+    reconstruct,
+    search,
+    search_candidates,
+)
+from vqkernels.lattice import LatticeEffort
 
 
 def all_points(codebook: Tensor, code: LatticeCode) -> Tensor:
@@ -64,7 +73,7 @@ def test_search_is_exact_across_chunks_at_the_shipped_size() -> None:
     codebook = torch.randn(256, 16, generator=generator)
     latents = torch.randn(37, 16, generator=generator)
     code = LatticeCode(256)
-    found = squared_errors(latents, search(latents, codebook, code), codebook)
+    found = squared_errors(latents, search(latents, codebook, code, exact=True), codebook)
     best = torch.cdist(latents, codebook).square().amin(dim=1)
     for heavy in (0.75, 0.5):
         for first in range(256):
@@ -159,4 +168,109 @@ def test_bad_latents_and_codebooks_are_refused() -> None:
     with pytest.raises(InvalidCodebook, match="infinity"):
         search(latents, codebook / 0, code)
     with pytest.raises(UnsupportedOperation, match="max_support 3"):
-        search(latents, codebook, LatticeCode(11, 3, 4))
+        search(latents, codebook, LatticeCode(11, 3, 4), exact=True)
+    with pytest.raises(UnsupportedOperation, match="max_support 5"):
+        search(latents, codebook, LatticeCode(11, 5, 8))
+    with pytest.raises(UnsupportedOperation, match="count is 0"):
+        search_candidates(latents, codebook, code, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("max_support", "denominator"), [(3, 4), (3, 8), (4, 4)])
+def test_larger_supports_come_close_to_the_global_minimum(
+    dtype: torch.dtype, max_support: int, denominator: int
+) -> None:
+    latents, codebook = random_problem()
+    code = LatticeCode(11, max_support, denominator)
+    assignment = search(latents.to(dtype), codebook.to(dtype), code)
+    found = squared_errors(latents, assignment, codebook)
+    best = torch.cdist(latents, all_points(codebook, code)).square().amin(dim=1)
+    assert bool((found >= best - 1e-6).all())
+    assert float(found.sum() / best.sum()) < 1.03
+    assert bool(
+        (
+            found
+            <= squared_errors(
+                latents, search(latents, codebook, LatticeCode(11, 2, denominator)), codebook
+            )
+            + 1e-2
+        ).all()
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "max_support", "denominator", "count"),
+    [(11, 1, 4, 5), (11, 2, 4, 1), (11, 2, 16, 70), (2, 2, 2, 4), (40, 3, 8, 9), (40, 4, 8, 6)],
+)
+def test_torch_and_native_searches_find_the_same_states(
+    num_codes: int, max_support: int, denominator: int, count: int
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    codebook = torch.randn(num_codes, 6, generator=generator)
+    latents = torch.randn(30, 6, generator=generator) * 0.6
+    code = LatticeCode(num_codes, max_support, denominator)
+    found = search_candidates(latents, codebook, code, count)
+    twin = lattice_torch.search_states(
+        latents, codebook, max_support, denominator, LatticeEffort(count=count)
+    )
+    assert torch.equal(found.indices, twin.indices)
+    assert torch.equal(found.numerators, twin.numerators)
+    torch.testing.assert_close(found.errors, twin.errors, rtol=1e-4, atol=1e-5)
+
+
+def test_without_native_kernels_the_search_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, codebook = random_problem(torch.float32)
+    code = LatticeCode(11, 3, 4)
+    expected = search_candidates(latents, codebook, code, 3)
+    monkeypatch.setattr(lattice, "_has_native", lambda: False)
+    found = search_candidates(latents, codebook, code, 3)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.numerators, expected.numerators)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_candidates_are_the_best_distinct_states(dtype: torch.dtype) -> None:
+    latents, codebook = random_problem(dtype)
+    code = LatticeCode(11, 2, 4)
+    found = search_candidates(latents, codebook, code, 12)
+    everything = torch.cdist(latents, all_points(codebook, code)).square()
+    expected = everything.topk(12, dim=1, largest=False).values
+    torch.testing.assert_close(found.errors, expected, rtol=1e-4, atol=1e-5)
+    assert_states_are_distinct(found)
+    assert torch.equal(found.best.indices, search(latents, codebook, code).indices)
+
+
+def assert_states_are_distinct(found: Candidates) -> None:
+    rows = torch.cat((found.indices, found.numerators), dim=2)
+    for latent in rows.tolist():
+        assert len({tuple(state) for state in latent}) == len(latent)
+
+
+def test_candidates_beyond_the_number_of_states_are_infinitely_bad() -> None:
+    found = search_candidates(torch.zeros(2, 3), torch.eye(3)[:2], LatticeCode(2, 2, 2), 5)
+    assert torch.isinf(found.errors).tolist() == [[False] * 3 + [True] * 2] * 2
+    assert torch.equal(found.indices[:, 3:], found.indices[:, :1].expand(-1, 2, -1))
+
+
+def test_half_precision_is_searched_in_single() -> None:
+    latents, codebook = random_problem()
+    code = LatticeCode(11)
+    half = search(latents.half(), codebook.half(), code)
+    single = search(latents.half().float(), codebook.half().float(), code)
+    assert torch.equal(half.indices, single.indices)
+    assert half.indices.dtype == torch.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("max_support", "count"), [(2, 1), (2, 8), (4, 4)])
+def test_cuda_finds_what_the_cpu_finds(max_support: int, count: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    generator = torch.Generator().manual_seed(9)
+    codebook = torch.randn(64, 8, generator=generator)
+    latents = torch.randn(200, 8, generator=generator) * 0.6
+    code = LatticeCode(64, max_support, 8)
+    here = search_candidates(latents, codebook, code, count)
+    there = search_candidates(latents.cuda(), codebook.cuda(), code, count)
+    same = (here.indices == there.indices.cpu()).all(dim=2)
+    assert float(same.double().mean()) > 0.99
