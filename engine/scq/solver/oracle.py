@@ -15,42 +15,36 @@ import torch
 from torch import Tensor
 
 from scq.errors import UnsupportedOperation
-from scq.solver.base import (
-    SolverConfig,
-    SolveResult,
-    check_problem,
-    kkt_residual,
-    nearest_code,
-)
+from scq.solver.base import SolverConfig, SolveResult, check_problem, nearest_code
+from scq.solver.dense import result_from_dense
 
 # mode="dense": diffcp's default lsqr derivative was off by 1-27 % of the gradient's scale.
-SOLVER_ARGS = {"eps": 1e-10, "mode": "dense"}
+SOLVER_ARGS: dict[str, Any] = {"eps": 1e-10, "mode": "dense"}
 
 
-def solve(latents: Tensor, codebook: Tensor, config: SolverConfig) -> SolveResult:
-    """Same contract as `exact.solve`; tolerance and iterations are SCS's own.
+def solve(
+    latents: Tensor, codebook: Tensor, config: SolverConfig, initial: Tensor | None = None
+) -> SolveResult:
+    """Same contract as `exact.solve`; tolerance, iterations and the start are SCS's own.
 
     Raises UnsupportedOperation when the optional packages are missing.
     """
-    check_problem(latents, codebook)
+    check_problem(latents, codebook, initial)
+    return solve_with(latents, codebook, config, SOLVER_ARGS)
+
+
+def solve_with(
+    latents: Tensor, codebook: Tensor, config: SolverConfig, solver_args: dict[str, Any]
+) -> SolveResult:
+    """As `solve`, with other arguments for diffcp, e.g. solve_method="Clarabel"."""
     layer = _layer(*codebook.shape, config.lam)
-    target = torch.nn.functional.one_hot(
-        nearest_code(latents.detach(), codebook.detach()), codebook.shape[0]
-    )
-    (raw,) = layer(
-        latents.double(), codebook.double(), target.double(), solver_args=dict(SOLVER_ARGS)
-    )
-    assignment = raw.to(latents.dtype)
-    residual = kkt_residual(
-        latents.detach().double(), codebook.detach().double(), raw.detach(), config.lam
-    )
-    return SolveResult(
-        assignment=assignment,
-        support_size=(raw.detach() > 1e-7).sum(1),
-        iterations=torch.ones_like(target[:, 0]),
-        kkt_residual=residual,
-        fallback_count=0,
-    )
+    target = torch.zeros(len(latents), len(codebook), dtype=torch.float64)
+    if config.bonus:
+        nearest = nearest_code(latents.detach().double(), codebook.detach().double())
+        target.scatter_(1, nearest.cpu()[:, None], 1.0)
+    parameters = (latents.double().cpu(), codebook.double().cpu(), target)
+    (raw,) = layer(*parameters, solver_args=dict(solver_args))
+    return result_from_dense(latents, codebook, raw.to(latents.device), config, 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -16,6 +16,7 @@ from scq.errors import InvalidCodebook, InvalidLatents, UnsupportedOperation
 from scq.solver import SOLVERS, SolverConfig, exact, kkt_residual
 from scq.solver.base import gradient_scale
 from scq.solver.fallback import solve_one
+from scq.solver.problem import prepare
 
 
 def random_problem(
@@ -202,11 +203,16 @@ def test_running_out_of_iterations_falls_back_per_latent_and_counts() -> None:
     torch.testing.assert_close(hurried.assignment, full.assignment, rtol=0, atol=1e-9)
 
 
-def test_the_slow_solver_reaches_the_vertex_of_a_nearly_singular_gram() -> None:
-    gram = torch.ones(4, 4, dtype=torch.float64) + 1e-11 * torch.eye(4, dtype=torch.float64)
-    linear = torch.tensor([0.0, 1.0, 3.0, 2.0], dtype=torch.float64)
-    weights = solve_one(gram, linear, 0, 1e-12)
-    torch.testing.assert_close(weights, torch.eye(4, dtype=torch.float64)[2])
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+def test_the_slow_solver_agrees_and_survives_codes_almost_on_top_of_each_other(lam: float) -> None:
+    latents, codebook = random_problem(6, 9, 3, seed=21)
+    crowded = torch.cat((codebook, codebook + 1e-13, codebook))
+    problem, centre = prepare(crowded, SolverConfig(lam=lam))
+    wanted = exact.solve(latents, crowded, SolverConfig(lam=lam)).quantized
+    for latent, quantized in zip(latents - centre, wanted - centre, strict=True):
+        nearest = int(torch.cdist(latent[None], problem.codes).argmin())
+        weights = solve_one(problem, latent, nearest, 1e-12)
+        torch.testing.assert_close(weights @ problem.codes, quantized, rtol=0, atol=1e-7)
 
 
 def test_the_residual_measures_distance_from_optimality() -> None:
