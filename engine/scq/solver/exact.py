@@ -186,10 +186,8 @@ def _solve_chunks(
         )
         for chunk in chunks
     ]
-    *fields, fallbacks = (
-        torch.stack(f) if f[0].ndim == 0 else torch.cat(f) for f in zip(*padded, strict=True)
-    )
-    return _Solved(*fields, fallbacks.sum())
+    fields = [torch.cat(field) for field in zip(*padded, strict=True)]
+    return _Solved(*fields)
 
 
 def _widen(slots: Tensor, width: int, value: int) -> Tensor:
