@@ -19,8 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scq import zoo
-from scq.bitstream import FrameHeader, pack_frame, parse_header, unpack_frame
-from scq.errors import CorruptCodes, ImageTooLarge, ScqError, UnknownModel
+from scq.bitstream import (
+    EntropyTables,
+    FrameHeader,
+    KeyHeader,
+    PackedFrame,
+    UnpackedFrame,
+    pack_key_frame,
+    parse_header,
+    unpack,
+)
+from scq.bitstream.frame import EntropyChoice
+from scq.errors import CorruptCodes, ImageTooLarge, ReferenceMismatch, ScqError, UnknownModel
 from scq.images import DEFAULT_MAX_PIXELS, Pixels, Placement, fit_frame, place, restore_frame
 from scq.lattice import LatticeAssignment
 from scq.model import ScqAutoencoder, load_model
@@ -73,6 +83,9 @@ class FrameCodec:
         self.config = model.config
         self.model_hash = model.model_hash
         self.max_pixels = max_pixels
+        self.tables: EntropyTables | None = None
+        if model.entropy_tensors:
+            self.tables = EntropyTables.from_tensors(model.entropy_tensors, self.config.lattice)
 
     @property
     def name(self) -> str:
@@ -96,31 +109,45 @@ class FrameCodec:
         times.append(time.perf_counter())
         assignment = self.model.quantize(latents)
         times.append(time.perf_counter())
-        codes = self.pack(assignment, placement)
+        packed = self.pack(assignment, placement)
         times.append(time.perf_counter())
-        return EncodedFrame(codes, _stats(codes, assignment, placement, times))
+        return EncodedFrame(packed.codes, _stats(packed.codes, assignment, placement, times))
 
-    def pack(self, assignment: LatticeAssignment, placement: Placement) -> bytes:
-        """The frame's bytes for lattice codes made elsewhere, e.g. on a phone."""
-        header = FrameHeader(
+    def pack(
+        self,
+        assignment: LatticeAssignment,
+        placement: Placement,
+        *,
+        entropy: EntropyChoice = "auto",
+        tile: int | None = None,
+    ) -> PackedFrame:
+        """The key frame of lattice codes, which may have been made elsewhere, e.g. on a phone."""
+        header = KeyHeader(
             placement.width, placement.height, self.frame_hash, placement.letterboxed
         )
-        return pack_frame(header, assignment, self.config.lattice)
+        return pack_key_frame(
+            header,
+            assignment,
+            self.config.lattice,
+            placement.grid,
+            tables=self.tables,
+            tile=tile,
+            entropy=entropy,
+        )
 
-    def unpack(self, codes: bytes) -> tuple[LatticeAssignment, Placement]:
-        """Inverse of `pack`. Raises CorruptCodes, UnknownModel or ImageTooLarge."""
-        header = parse_header(codes)
-        if header.model_hash != self.frame_hash:
-            raise UnknownModel(header.model_hash.hex(), [_title(self)])
-        if header.width * header.height > self.max_pixels:
-            raise ImageTooLarge(header.width, header.height, self.max_pixels)
-        placement = place(header.width, header.height, self.config)
-        if header.letterboxed != placement.letterboxed:
-            raise CorruptCodes(
-                f"letterboxed flag is {header.letterboxed}, but model {self.name!r} gives "
-                f"{placement.letterboxed} for {header.width}x{header.height}"
-            )
-        return unpack_frame(codes, self.config.lattice, placement.grid), placement
+    def unpack(
+        self, codes: bytes, *, allow_partial: bool = False
+    ) -> tuple[UnpackedFrame, Placement]:
+        """The codes of a key frame. Raises CorruptCodes, UnknownModel or ImageTooLarge."""
+        placement = self.placement_of(parse_header(codes, allow_partial=allow_partial))
+        frame = unpack(
+            codes,
+            self.config.lattice,
+            placement.grid,
+            tables=self.tables,
+            allow_partial=allow_partial,
+        )
+        return frame, placement
 
     @torch.inference_mode()
     def decode(self, codes: bytes) -> Pixels:
@@ -129,7 +156,8 @@ class FrameCodec:
         Same codes, same machine, same thread count: same bytes. Raises CorruptCodes,
         UnknownModel or ImageTooLarge.
         """
-        assignment, placement = self.unpack(codes)
+        frame, placement = self.unpack(codes)
+        assignment = frame.assignment
         latents = self.model.dequantize(assignment, placement.grid)
         return restore_frame(self.model.decode(latents), placement)
 
@@ -139,11 +167,28 @@ class FrameCodec:
 
         Raises as `decode`, and UnsupportedOperation when the model has no classifier head.
         """
-        assignment, placement = self.unpack(codes)
+        frame, placement = self.unpack(codes)
+        assignment = frame.assignment
         latents = self.model.dequantize(assignment, placement.grid)
         scores: Tensor = self.model.classify(latents)[0].softmax(0)
         order = scores.argsort(descending=True, stable=True).tolist()
         return [Label(self.config.classes[i], float(scores[i]), i) for i in order]
+
+    def placement_of(self, header: FrameHeader) -> Placement:
+        """Where a key frame's picture lies. Raises CorruptCodes, UnknownModel, ImageTooLarge."""
+        if header.model_hash != self.frame_hash:
+            raise UnknownModel(header.model_hash.hex(), [_title(self)])
+        if header.is_delta:
+            raise ReferenceMismatch(header.reference or 0, None)
+        if header.width * header.height > self.max_pixels:
+            raise ImageTooLarge(header.width, header.height, self.max_pixels)
+        placement = place(header.width, header.height, self.config)
+        if header.letterboxed != placement.letterboxed:
+            raise CorruptCodes(
+                f"letterboxed flag is {header.letterboxed}, but model {self.name!r} gives "
+                f"{placement.letterboxed} for {header.width}x{header.height}"
+            )
+        return placement
 
     def inspect(self, codes: bytes) -> FrameHeader:
         """The frame's verified header. Raises CorruptCodes."""

@@ -41,6 +41,18 @@ class CorruptCodes(ScqError):
     """Coded bytes that cannot be a frame: bad magic, version, length, checksum or rank."""
 
 
+class ReferenceMismatch(CorruptCodes):
+    """A delta frame whose reference frame is not the one at hand, or none is at hand."""
+
+    def __init__(self, wanted: int, available: int | None) -> None:
+        have = "none is at hand" if available is None else f"the one at hand is {available:08x}"
+        super().__init__(
+            f"the delta frame changes reference {wanted:08x}, but {have}; ask for a key frame"
+        )
+        self.wanted = wanted
+        self.available = available
+
+
 class UnknownModel(ScqError):
     """A model name, id or 4-byte hash that nobody here has loaded; names those that are."""
 

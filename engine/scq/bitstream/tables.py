@@ -71,6 +71,17 @@ def table_shapes(code: LatticeCode, num_base: int, num_other: int) -> dict[str, 
     return {name: shape for name, shape in shapes.items() if shape[1] > 1}
 
 
+@functools.cache
+def symbol_costs() -> Ints:
+    """(65537,) int64: cost in 1/256 bit of a symbol by its frequency; integers, so that encoders
+    choose alike everywhere. A frequency of 0 stands for no symbol and costs nothing."""
+    frequencies = np.arange(TOTAL + 1, dtype=np.float64)
+    frequencies[0] = TOTAL
+    costs: Ints = np.rint(256 * (16 - np.log2(frequencies))).astype(np.int64)
+    costs.setflags(write=False)
+    return costs
+
+
 @dataclass(frozen=True, eq=False)
 class EntropyTables:
     """Cluster maps (K,) uint16 and frequency tables (rows, alphabet) uint16 by name.
@@ -120,9 +131,14 @@ class EntropyTables:
         }
 
     @functools.cached_property
+    def costs(self) -> dict[str, Ints]:
+        """Per table (rows, alphabet) int64: what each symbol takes, in 1/256 bit."""
+        return {name: symbol_costs()[table] for name, table in self.frequencies.items()}
+
+    @functools.cached_property
     def bits(self) -> dict[str, Floats]:
-        """Per table (rows, alphabet) float64: the cost of each symbol in bits."""
-        return {name: 16 - np.log2(table) for name, table in self.frequencies.items()}
+        """`costs` in bits, float64."""
+        return {name: costs / 256 for name, costs in self.costs.items()}
 
     @functools.cached_property
     def base_clusters(self) -> tuple[int, ...]:
@@ -133,6 +149,19 @@ class EntropyTables:
     def other_clusters(self) -> tuple[int, ...]:
         """`other_cluster` as Python integers."""
         return tuple(self.other_cluster.tolist())
+
+    def has(self, name: str) -> bool:
+        """Whether the table exists; the symbol of a table that does not is 0 and takes no bits."""
+        return name in self.frequencies
+
+    def row(self, name: str, row: int) -> tuple[int, ...]:
+        """One row's cumulative frequencies, for a decoder."""
+        return self.cumulative[name][row]
+
+    def interval(self, name: str, row: int, symbol: int) -> tuple[int, int]:
+        """Start and frequency of a symbol, for an encoder."""
+        cumulative = self.cumulative[name][row]
+        return cumulative[symbol], cumulative[symbol + 1] - cumulative[symbol]
 
     @property
     def num_bytes(self) -> int:
