@@ -2,14 +2,15 @@
 
 FrameCodec joins one model with images, lattice and bitstream; CodecRegistry finds the codec that
 a frame's header asks for. Both are safe to share between threads: nothing changes after
-construction. Must not know about services, requests or the environment.
+construction. FrameEncoder and FrameDecoder carry one stream of key and delta frames and belong to
+one thread at a time. Must not know about services, requests or the environment.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +25,21 @@ from scq.bitstream import (
     FrameHeader,
     KeyHeader,
     PackedFrame,
-    UnpackedFrame,
+    pack_delta_frame,
     pack_key_frame,
     parse_header,
     unpack,
 )
 from scq.bitstream.frame import EntropyChoice
+from scq.bitstream.header import Entropy
 from scq.errors import CorruptCodes, ImageTooLarge, ReferenceMismatch, ScqError, UnknownModel
 from scq.images import DEFAULT_MAX_PIXELS, Pixels, Placement, fit_frame, place, restore_frame
 from scq.lattice import LatticeAssignment
 from scq.model import ScqAutoencoder, load_model
 
 Stage = Literal["preprocess", "encoder", "quantize", "entropy"]
+FrameType = Literal["key", "delta"]
+DEFAULT_KEYFRAME_INTERVAL = 30
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class FrameStats:
     coded_bytes: the whole frame, header included. bpp: coded bits per original pixel. seconds:
     wall time by stage. indices, numerators (N, s) int64: code names heaviest first (unused slots
     repeat the first) and weights in 1/denominator. support_sizes (N,) int64: codes per latent.
+    frame_type, entropy: what the frame is and how it is coded. modes: latents by mode of a delta
+    frame, empty for a key frame. base_bytes: shortest prefix of the frame that shows a picture.
     """
 
     coded_bytes: int
@@ -53,6 +59,10 @@ class FrameStats:
     indices: NDArray[np.int64]
     numerators: NDArray[np.int64]
     support_sizes: NDArray[np.int64]
+    frame_type: FrameType = "key"
+    entropy: Entropy = "raw"
+    modes: Mapping[str, int] = field(default_factory=dict)
+    base_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,18 @@ class EncodedFrame:
 
     codes: bytes
     stats: FrameStats
+
+
+@dataclass(frozen=True)
+class CodedPicture:
+    """A frame that was read: lattice codes, and where their picture lies.
+
+    complete is False where the bytes were cut and only the base layer is there.
+    """
+
+    assignment: LatticeAssignment
+    placement: Placement
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ class Label:
 class FrameCodec:
     """One model, ready to code. The model is put into eval mode and must not change afterwards.
 
-    max_pixels bounds the pictures that codes may ask for: a 16-byte header can name 65535 x 65535.
+    max_pixels bounds the pictures that codes may ask for: a 12-byte header can name 65535 x 65535.
     """
 
     def __init__(self, model: ScqAutoencoder, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
@@ -96,22 +118,48 @@ class FrameCodec:
         """The 4 bytes that frames of this model carry."""
         return bytes.fromhex(self.model_hash)[:4]
 
-    @torch.inference_mode()
-    def encode(self, image: Pixels) -> EncodedFrame:
-        """Code a picture, uint8 (H, W, 3) RGB, of any size up to 65535 a side.
+    def encode(
+        self,
+        image: Pixels,
+        *,
+        entropy: EntropyChoice = "auto",
+        tile: int | None = None,
+        rate_weight: float | None = None,
+    ) -> EncodedFrame:
+        """Code a picture, uint8 (H, W, 3) RGB, of any size up to 65535 a side, as a key frame.
 
-        Raises InvalidImage for other arrays, InvalidLatents if the encoder yields NaN.
+        entropy "auto" takes the shorter of RAW and, if the model has tables, rANS. tile: side of
+        independent tiles in latents. rate_weight: squared latent error that one bit is worth;
+        None or 0 takes the nearest codes. Raises InvalidImage for other arrays, InvalidLatents if
+        the encoder yields NaN, UnsupportedOperation for what needs tables that are not there.
         """
+        latents, placement, times = self.analyse(image)
+        assignment = self.quantize(latents, placement, rate_weight)
+        times.append(time.perf_counter())
+        packed = self.pack(assignment, placement, entropy=entropy, tile=tile)
+        times.append(time.perf_counter())
+        return EncodedFrame(packed.codes, _stats("key", packed, assignment, placement, times))
+
+    @torch.inference_mode()
+    def analyse(self, image: Pixels) -> tuple[Tensor, Placement, list[float]]:
+        """Latents (1, h, w, F), placement, and the times before, between and after the two."""
         times = [time.perf_counter()]
         canvas, placement = fit_frame(image, self.config)
         times.append(time.perf_counter())
         latents = self.model.encode(canvas)
         times.append(time.perf_counter())
-        assignment = self.model.quantize(latents)
-        times.append(time.perf_counter())
-        packed = self.pack(assignment, placement)
-        times.append(time.perf_counter())
-        return EncodedFrame(packed.codes, _stats(packed.codes, assignment, placement, times))
+        return latents, placement, times
+
+    @torch.inference_mode()
+    def quantize(
+        self,
+        latents: Tensor,
+        placement: Placement,
+        rate_weight: float | None = None,
+        reference: LatticeAssignment | None = None,
+    ) -> LatticeAssignment:
+        """The lattice codes of latents (1, h, w, F): the nearest, or the best at this rate."""
+        return self.model.quantize(latents)
 
     def pack(
         self,
@@ -135,10 +183,30 @@ class FrameCodec:
             entropy=entropy,
         )
 
-    def unpack(
-        self, codes: bytes, *, allow_partial: bool = False
-    ) -> tuple[UnpackedFrame, Placement]:
-        """The codes of a key frame. Raises CorruptCodes, UnknownModel or ImageTooLarge."""
+    def pack_change(
+        self,
+        assignment: LatticeAssignment,
+        placement: Placement,
+        reference: LatticeAssignment,
+        *,
+        tile: int | None = None,
+    ) -> PackedFrame:
+        """The delta frame that turns `reference` into `assignment`. Needs entropy tables."""
+        return pack_delta_frame(
+            self.frame_hash,
+            assignment,
+            self.config.lattice,
+            placement.grid,
+            reference=reference,
+            tables=self.tables,
+            tile=tile,
+        )
+
+    def read(self, codes: bytes, *, allow_partial: bool = False) -> CodedPicture:
+        """The lattice codes of a key frame; with allow_partial also of a cut one.
+
+        Raises CorruptCodes, UnknownModel, ImageTooLarge, or ReferenceMismatch for a delta frame.
+        """
         placement = self.placement_of(parse_header(codes, allow_partial=allow_partial))
         frame = unpack(
             codes,
@@ -147,32 +215,51 @@ class FrameCodec:
             tables=self.tables,
             allow_partial=allow_partial,
         )
-        return frame, placement
+        return CodedPicture(frame.assignment, placement, frame.complete)
 
-    @torch.inference_mode()
-    def decode(self, codes: bytes) -> Pixels:
+    def decode(self, codes: bytes, *, allow_partial: bool = False) -> Pixels:
         """The picture at its original size, uint8 (H, W, 3).
 
-        Same codes, same machine, same thread count: same bytes. Raises CorruptCodes,
-        UnknownModel or ImageTooLarge.
+        Same codes, same machine, same thread count: same bytes. Raises as `read`.
         """
-        frame, placement = self.unpack(codes)
-        assignment = frame.assignment
-        latents = self.model.dequantize(assignment, placement.grid)
-        return restore_frame(self.model.decode(latents), placement)
+        return self.render(self.read(codes, allow_partial=allow_partial))
 
-    @torch.inference_mode()
-    def recognize(self, codes: bytes) -> list[Label]:
+    def recognize(self, codes: bytes, *, allow_partial: bool = False) -> list[Label]:
         """Every class with its probability, likeliest first, without decoding a picture.
 
-        Raises as `decode`, and UnsupportedOperation when the model has no classifier head.
+        Raises as `read`, and UnsupportedOperation when the model has no classifier head.
         """
-        frame, placement = self.unpack(codes)
-        assignment = frame.assignment
-        latents = self.model.dequantize(assignment, placement.grid)
+        return self.label(self.read(codes, allow_partial=allow_partial))
+
+    @torch.inference_mode()
+    def render(self, picture: CodedPicture) -> Pixels:
+        """A picture that was read, at its original size, uint8 (H, W, 3)."""
+        latents = self.model.dequantize(picture.assignment, picture.placement.grid)
+        return restore_frame(self.model.decode(latents), picture.placement)
+
+    @torch.inference_mode()
+    def label(self, picture: CodedPicture) -> list[Label]:
+        """The labels of a picture that was read; raises UnsupportedOperation without a head."""
+        latents = self.model.dequantize(picture.assignment, picture.placement.grid)
         scores: Tensor = self.model.classify(latents)[0].softmax(0)
         order = scores.argsort(descending=True, stable=True).tolist()
         return [Label(self.config.classes[i], float(scores[i]), i) for i in order]
+
+    def frame_encoder(
+        self,
+        *,
+        keyframe_interval: int = DEFAULT_KEYFRAME_INTERVAL,
+        entropy: EntropyChoice = "auto",
+        tile: int | None = None,
+        rate_weight: float | None = None,
+    ) -> FrameEncoder:
+        """The encoder of a new stream; options as in `encode`. Raises ScqError for interval < 1."""
+        options = StreamOptions(keyframe_interval, entropy, tile, rate_weight)
+        return FrameEncoder(self, options)
+
+    def frame_decoder(self) -> FrameDecoder:
+        """The decoder of a new stream."""
+        return FrameDecoder(self)
 
     def placement_of(self, header: FrameHeader) -> Placement:
         """Where a key frame's picture lies. Raises CorruptCodes, UnknownModel, ImageTooLarge."""
@@ -195,14 +282,144 @@ class FrameCodec:
         return parse_header(codes)
 
 
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is coded: a key frame at least every `keyframe_interval` frames.
+
+    entropy, tile, rate_weight as in `FrameCodec.encode`; entropy concerns key frames.
+    """
+
+    keyframe_interval: int = DEFAULT_KEYFRAME_INTERVAL
+    entropy: EntropyChoice = "auto"
+    tile: int | None = None
+    rate_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.keyframe_interval < 1:
+            raise ScqError(f"keyframe_interval must be >= 1, got {self.keyframe_interval}")
+
+
+class FrameEncoder:
+    """Codes the pictures of one stream, each frame a change of the one before where it can be.
+
+    The first frame is a key frame, and so is every one of a new size, every one of a model
+    without entropy tables, and one where most latents changed and a key frame is shorter.
+    """
+
+    def __init__(self, codec: FrameCodec, options: StreamOptions) -> None:
+        self._codec = codec
+        self._options = options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last frame: the next one is a key frame."""
+        self._last: CodedPicture | None = None
+        self._since_key = 0
+
+    def encode(self, image: Pixels, *, force_key: bool = False) -> EncodedFrame:
+        """The next picture's frame; force_key for a receiver that lost one. Raises as
+        `FrameCodec.encode`, and then the stream is where it was."""
+        latents, placement, times = self._codec.analyse(image)
+        reference = None if force_key else self._reference(placement)
+        assignment = self._codec.quantize(latents, placement, self._options.rate_weight, reference)
+        times.append(time.perf_counter())
+        packed = self._pack(assignment, placement, reference)
+        times.append(time.perf_counter())
+        frame_type: FrameType = "delta" if packed.modes else "key"
+        self._since_key = self._since_key + 1 if packed.modes else 1
+        self._last = CodedPicture(assignment, placement)
+        stats = _stats(frame_type, packed, assignment, placement, times)
+        return EncodedFrame(packed.codes, stats)
+
+    def _reference(self, placement: Placement) -> LatticeAssignment | None:
+        if self._last is None or self._last.placement != placement or self._codec.tables is None:
+            return None
+        if self._since_key >= self._options.keyframe_interval:
+            return None
+        return self._last.assignment
+
+    def _pack(
+        self,
+        assignment: LatticeAssignment,
+        placement: Placement,
+        reference: LatticeAssignment | None,
+    ) -> PackedFrame:
+        options, codec = self._options, self._codec
+        if reference is None:
+            return codec.pack(assignment, placement, entropy=options.entropy, tile=options.tile)
+        packed = codec.pack_change(assignment, placement, reference, tile=options.tile)
+        if 2 * packed.modes["skip"] > len(assignment):
+            return packed
+        key = codec.pack(assignment, placement, entropy=options.entropy, tile=options.tile)
+        return min(packed, key, key=lambda frame: len(frame.codes))
+
+
+class FrameDecoder:
+    """Reads the frames of one stream in order; delta frames change the last one that was read.
+
+    Frames of any other model are UnknownModel. A frame that raises leaves the stream where it
+    was; after a cut frame, whose codes are not all known, only a key frame can follow.
+    """
+
+    def __init__(self, codec: FrameCodec) -> None:
+        self._codec = codec
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last frame: the next one must be a key frame."""
+        self._last: CodedPicture | None = None
+        self._last_codes = b""
+
+    def read(self, codes: bytes, *, allow_partial: bool = False) -> CodedPicture:
+        """The next frame's lattice codes; the bytes just read give the same again.
+
+        Raises as `FrameCodec.read`; ReferenceMismatch where a key frame must be asked for.
+        """
+        if self._last is not None and codes == self._last_codes:
+            return self._last
+        picture = self._read_next(codes, allow_partial)
+        self._last = picture
+        self._last_codes = codes
+        return picture
+
+    def decode(self, codes: bytes, *, allow_partial: bool = False) -> Pixels:
+        """The next frame's picture, uint8 (H, W, 3). Raises as `read`."""
+        return self._codec.render(self.read(codes, allow_partial=allow_partial))
+
+    def recognize(self, codes: bytes, *, allow_partial: bool = False) -> list[Label]:
+        """The next frame's labels. Raises as `read`, and as `FrameCodec.recognize`."""
+        return self._codec.label(self.read(codes, allow_partial=allow_partial))
+
+    def _read_next(self, codes: bytes, allow_partial: bool) -> CodedPicture:
+        header = parse_header(codes, allow_partial=allow_partial)
+        last = self._last
+        if not header.is_delta or last is None or not last.complete:
+            return self._codec.read(codes, allow_partial=allow_partial)
+        if header.model_hash != self._codec.frame_hash:
+            raise UnknownModel(header.model_hash.hex(), [_title(self._codec)])
+        frame = unpack(
+            codes,
+            self._codec.config.lattice,
+            last.placement.grid,
+            tables=self._codec.tables,
+            reference=last.assignment,
+            allow_partial=allow_partial,
+        )
+        return CodedPicture(frame.assignment, last.placement, frame.complete)
+
+
 def _stats(
-    codes: bytes, assignment: LatticeAssignment, placement: Placement, times: list[float]
+    frame_type: FrameType,
+    packed: PackedFrame,
+    assignment: LatticeAssignment,
+    placement: Placement,
+    times: list[float],
 ) -> FrameStats:
     preprocess, encoder, quantize, entropy = np.diff(times).tolist()
     numerators = assignment.numerators.cpu().numpy()
     return FrameStats(
-        coded_bytes=len(codes),
-        bpp=8 * len(codes) / (placement.width * placement.height),
+        coded_bytes=len(packed.codes),
+        bpp=8 * len(packed.codes) / (placement.width * placement.height),
         seconds={
             "preprocess": preprocess,
             "encoder": encoder,
@@ -212,6 +429,10 @@ def _stats(
         indices=assignment.indices.cpu().numpy(),
         numerators=numerators,
         support_sizes=(numerators > 0).sum(1),
+        frame_type=frame_type,
+        entropy=packed.entropy,
+        modes=packed.modes,
+        base_bytes=packed.base_bytes,
     )
 
 
@@ -266,17 +487,19 @@ class CodecRegistry:
             raise UnknownModel(frame_hash.hex(), titles)
         return self._by_hash[frame_hash]
 
-    def for_codes(self, codes: bytes) -> FrameCodec:
+    def for_codes(self, codes: bytes, *, allow_partial: bool = False) -> FrameCodec:
         """The codec that the frame's header asks for. Raises CorruptCodes or UnknownModel."""
-        return self.by_hash(parse_header(codes).model_hash)
+        return self.by_hash(parse_header(codes, allow_partial=allow_partial).model_hash)
 
-    def decode(self, codes: bytes) -> Pixels:
+    def decode(self, codes: bytes, *, allow_partial: bool = False) -> Pixels:
         """`FrameCodec.decode` with the model that the header names."""
-        return self.for_codes(codes).decode(codes)
+        codec = self.for_codes(codes, allow_partial=allow_partial)
+        return codec.decode(codes, allow_partial=allow_partial)
 
-    def recognize(self, codes: bytes) -> list[Label]:
+    def recognize(self, codes: bytes, *, allow_partial: bool = False) -> list[Label]:
         """`FrameCodec.recognize` with the model that the header names."""
-        return self.for_codes(codes).recognize(codes)
+        codec = self.for_codes(codes, allow_partial=allow_partial)
+        return codec.recognize(codes, allow_partial=allow_partial)
 
 
 def _title(codec: FrameCodec) -> str:
