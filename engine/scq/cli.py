@@ -1,4 +1,4 @@
-"""The `scq` command: train, eval, encode, decode, recognize, models.
+"""The `scq` command and its short subcommands; longer ones are in their own `cli_*` modules.
 
 Talks to people only: progress on stderr, results on stdout, one line and exit code 2 for
 anything a person can put right. The work is done by the other modules; nothing imports this one.
@@ -6,34 +6,32 @@ anything a person can put right. The work is done by the other modules; nothing 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from scq import zoo
-from scq.codec import CodecRegistry, FrameCodec
+from scq.cli_export import export_command
+from scq.cli_shared import (
+    MaxPixelsOption,
+    ModelFilesOption,
+    ModelOption,
+    named_codec,
+    progress_bar,
+    stages,
+)
+from scq.cli_train import train_command
+from scq.codec import CodecRegistry
 from scq.data import load_images
 from scq.errors import InvalidImage, ScqError
 from scq.evaluation import Evaluation, evaluate
 from scq.images import DEFAULT_MAX_PIXELS, read_image, write_png
 from scq.model import load_model
-from scq.training import TrainProgress, train
-from scq.training_config import PRESETS, TrainConfig
 
 # Pictures listed one by one by `scq eval`; more than this and only the totals are of use.
 _MAX_LISTED = 20
@@ -58,17 +56,6 @@ app = typer.Typer(
     help="Soft Convex Quantization: pictures to a few hundred bytes of codes, and back.",
 )
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Shipped model name, or a .safetensors file.")
-]
-ModelFilesOption = Annotated[
-    list[Path] | None,
-    typer.Option("--model", "-m", help="Model files to know besides the shipped ones."),
-]
-MaxPixelsOption = Annotated[
-    int, typer.Option(min=1, help="Refuse pictures with more pixels than this.")
-]
-
 
 @app.command()
 def encode(
@@ -78,10 +65,10 @@ def encode(
     max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
 ) -> None:
     """Code a picture of any size."""
-    with _stages("reading", "loading model", "coding", "writing") as stage:
+    with stages("reading", "loading model", "coding", "writing") as stage:
         pixels = read_image(image.read_bytes(), max_pixels)
         stage()
-        codec = _codec(model)
+        codec = named_codec(model)
         stage()
         encoded = codec.encode(pixels)
         stage()
@@ -103,7 +90,7 @@ def decode(
     """Turn codes back into a picture of the original size; the codes name their model."""
     if output.suffix.lower() != ".png":
         raise InvalidImage(f"decode writes PNG files, {output.name!r} should end in .png")
-    with _stages("reading", "loading model", "decoding", "writing") as stage:
+    with stages("reading", "loading model", "decoding", "writing") as stage:
         frame = codes.read_bytes()
         stage()
         codec = _registry(model, max_pixels).for_codes(frame)
@@ -157,8 +144,8 @@ def evaluate_command(
     sources = [*(images or []), *(data or [])]
     if not sources:
         raise ScqError("nothing to evaluate; name pictures or give --data")
-    codec = _codec(model)
-    with _progress(TextColumn("{task.fields[note]}")) as progress:
+    codec = named_codec(model)
+    with progress_bar(TextColumn("{task.fields[note]}")) as progress:
         task = progress.add_task("reading", total=None, note="")
         pictures = load_images(sources)
         progress.update(task, description="coding", total=len(pictures))
@@ -166,56 +153,13 @@ def evaluate_command(
     _print_evaluation(report)
 
 
-@app.command("train")
-def train_command(
-    config: Annotated[
-        Path | None, typer.Argument(help="Training config, JSON; see config.json of any run.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"Preset: {', '.join(PRESETS)}.")
-    ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Training pictures: folders, zips or clips.")
-    ] = None,
-    validation: Annotated[
-        list[Path] | None, typer.Option(help="Validation pictures; else some are held out.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Run folder, default runs/<name>.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
-) -> None:
-    """Train a model; the run folder always holds a usable model.safetensors."""
-    settings = _train_config(config, model)
-    if not data:
-        raise ScqError("nothing to train on; give --data PATH, more than once if need be")
-    folder = output or Path("runs") / settings.model.name
-    typer.echo(f"reading pictures for {settings.model.name}", err=True)
-    pictures = load_images(data)
-    held_out = load_images(validation) if validation else None
-    with _progress(TextColumn("{task.fields[note]}"), TimeRemainingColumn()) as progress:
-        task = progress.add_task("training", total=settings.total_steps, note="")
-
-        def show(state: TrainProgress) -> None:
-            progress.update(
-                task, completed=state.step, description=state.phase, note=_train_note(state)
-            )
-
-        result = train(
-            settings, pictures, folder, validation=held_out, progress=show, resume=resume
-        )
-    typer.echo(f"{result.model_path}: model {settings.model.name} ({result.model_hash[:8]})")
+app.command("train")(train_command)
+app.command("export")(export_command)
 
 
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="scq")
-
-
-def _codec(model: str) -> FrameCodec:
-    if model.endswith(".safetensors"):
-        return FrameCodec(load_model(model))
-    return FrameCodec(zoo.load(model))
 
 
 def _registry(files: list[Path] | None, max_pixels: int) -> CodecRegistry:
@@ -225,44 +169,6 @@ def _registry(files: list[Path] | None, max_pixels: int) -> CodecRegistry:
     names = {model.config.name for model in own}
     others = [model for model in shipped if model.config.name not in names]
     return CodecRegistry([*own, *others], max_pixels=max_pixels)
-
-
-def _train_config(config: Path | None, preset: str | None) -> TrainConfig:
-    if (config is None) == (preset is None):
-        raise ScqError("give either a training config file or --model with a preset")
-    if config is not None:
-        return TrainConfig.from_json(config.read_text())
-    if preset not in PRESETS:
-        raise ScqError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}")
-    return PRESETS[preset]
-
-
-def _progress(*extra: Any) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, *extra, console=Console(stderr=True))
-
-
-@contextmanager
-def _stages(*names: str) -> Iterator[Any]:
-    """A bar over named stages; the yielded function marks one as done."""
-    with _progress() as progress:
-        task = progress.add_task(names[0], total=len(names))
-
-        def finish_stage() -> None:
-            progress.advance(task)
-            done = int(progress.tasks[0].completed)
-            progress.update(task, description=names[min(done, len(names) - 1)])
-
-        yield finish_stage
-
-
-def _train_note(state: TrainProgress) -> str:
-    note = f"loss {state.loss:.4f}, {state.psnr_db:.2f} dB"
-    if not math.isnan(state.validation_psnr_db):
-        note += f", validation {state.validation_psnr_db:.2f} dB"
-    if not math.isnan(state.validation_accuracy):
-        note += f", {state.validation_accuracy:.1%}"
-    return note
 
 
 def _print_evaluation(report: Evaluation) -> None:
