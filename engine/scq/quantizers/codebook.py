@@ -1,6 +1,6 @@
 """Quantizers that own a codebook parameter: k-means start, and dead codes moved onto latents.
 
-A code is dead when it was chosen less often than a small share of the mean since the last check.
+A code is dead when its use since the last check is below a small share of the mean use.
 It moves onto a current latent, drawn in proportion to its squared quantization error, because
 that is where codes are missing. Knows nothing of how codes are combined.
 """
@@ -26,7 +26,7 @@ class CodebookQuantizer(Quantizer):
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__(config)
         self.codebook = nn.Parameter(torch.randn(config.num_codes, config.code_dim))
-        self.register_buffer("uses", torch.zeros(config.num_codes, dtype=torch.int64))
+        self.register_buffer("uses", torch.zeros(config.num_codes, dtype=torch.float64))
         self.register_buffer("steps", torch.tensor(0, dtype=torch.int64))
         self._settled = False
         self._moved: list[Tensor] = []
@@ -59,21 +59,22 @@ class CodebookQuantizer(Quantizer):
 
     def _begin_step(self, latents: Tensor) -> None:
         """Count a training step and move dead codes when it is time; before codes are used."""
-        interval = self.config.dead_code_interval
-        if not self.training or not interval:
+        if not self.training:
             return
         self.steps += 1
-        if int(self.steps) % interval == 0 and not self._settled:
+        interval = self.config.dead_code_interval
+        if interval and not self._settled and int(self.steps) % interval == 0:
             self._move_dead_codes(latents.detach())
 
-    def _count(self, indices: Tensor) -> None:
-        """Add codes that were used, any shape int64."""
+    def _count(self, indices: Tensor, weights: Tensor | None = None) -> None:
+        """Add uses of codes, any shape int64, each once or by its weight."""
         if self.training:
-            self.uses += torch.bincount(indices.flatten(), minlength=self.config.num_codes)
+            amounts = None if weights is None else weights.flatten().double()
+            self.uses += torch.bincount(indices.flatten(), amounts, self.config.num_codes)
 
     @torch.no_grad()
     def _move_dead_codes(self, latents: Tensor) -> None:
-        uses = all_reduced(self.uses).double()
+        uses = all_reduced(self.uses)
         dead = (uses < self.config.dead_code_share * uses.mean()).nonzero().flatten()
         self.uses.zero_()
         dead = dead[: len(latents)]
