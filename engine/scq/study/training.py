@@ -46,15 +46,20 @@ class Budget:
         return self.learning_rate * warmup * cosine
 
 
-def batches(pictures: Tensor, budget: Budget, seed: int) -> Iterator[Tensor]:
-    """`budget.steps` batches (B, 3, H, W) float32 in [0, 1] of shuffled `pictures` uint8."""
+def batches(count: int, budget: Budget, seed: int) -> Iterator[Tensor]:
+    """`budget.steps` batches of positions (B,) int64 in 0..count-1, shuffled epoch by epoch."""
     rng = np.random.default_rng((seed, 17))
     order = np.empty(0, np.int64)
     for _ in range(budget.steps):
-        if len(order) < budget.batch_size:
-            order = np.concatenate([order, rng.permutation(len(pictures))])
+        while len(order) < budget.batch_size:
+            order = np.concatenate([order, rng.permutation(count)])
         chosen, order = order[: budget.batch_size], order[budget.batch_size :]
-        yield pictures[torch.from_numpy(chosen)].float().div_(255)
+        yield torch.from_numpy(chosen)
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 samples -> float32 in [0, 1]."""
+    return pictures.float().div_(255)
 
 
 def pretrain(
@@ -64,35 +69,39 @@ def pretrain(
     torch.manual_seed(seed)
     model = StudyAutoencoder(config)
 
-    def loss(images: Tensor, _: int) -> Tensor:
+    def loss(chosen: Tensor, _: int) -> Tensor:
+        images = to_float(pictures[chosen])
         with torch.autocast("cpu", torch.bfloat16, enabled=budget.bfloat16):
             decoded = model.decode(model.encode(images))
         return functional.mse_loss(decoded.float(), images)
 
-    averaged = optimise(model, loss, batches(pictures, budget, seed), budget)
-    averaged.normalise(next(batches(pictures, Budget(1, 512), seed)))
+    averaged = optimise(model, loss, batches(len(pictures), budget, seed), budget)
+    averaged.normalise(to_float(pictures[:1000]))
     return averaged
 
 
 def optimise(
     model: Trained, loss: Callable[[Tensor, int], Tensor], source: Iterator[Tensor], budget: Budget
 ) -> Trained:
-    """Minimise `loss(images, step)` over the parameters of `model`; returns the averaged model.
+    """Minimise `loss(positions, step)` over what `model` trains; returns the averaged model.
 
     Buffers of the average are those of the trained model. Raises ScqError on a loss that is not
     finite.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=budget.learning_rate)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ScqError("nothing to train: every parameter is frozen")
+    optimizer = torch.optim.Adam(trained, lr=budget.learning_rate)
     average = copy.deepcopy(model)
-    for step, images in enumerate(source):
+    for step, chosen in enumerate(source):
         for group in optimizer.param_groups:
             group["lr"] = budget.rate(step)
-        value = loss(images, step)
+        value = loss(chosen, step)
         if not bool(torch.isfinite(value)):
             raise ScqError(f"loss is not finite at step {step}; lower learning_rate")
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         _average(average, model, min(budget.average_decay, (1 + step) / (10 + step)))
     return average.eval()
