@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from scq import zoo
+from scq.cli_data import data_app
 from scq.cli_export import export_command
 from scq.cli_shared import (
     MaxPixelsOption,
@@ -25,6 +26,7 @@ from scq.cli_shared import (
     progress_bar,
     stages,
 )
+from scq.cli_study import study_command
 from scq.cli_train import train_command
 from scq.codec import CodecRegistry
 from scq.data import load_images
@@ -155,6 +157,8 @@ def evaluate_command(
 
 app.command("train")(train_command)
 app.command("export")(export_command)
+app.command("study")(study_command)
+app.add_typer(data_app, name="data")
 
 
 def main() -> None:
