@@ -18,6 +18,7 @@ struct Tier {
   Q4PanelsFn q4_panels;  // nullptr: not in this build
   bool supported;
   const LatticeOps *lattice;
+  const ScqOps *scq;
 };
 
 #if defined(VQ_X86)
@@ -63,19 +64,21 @@ Features detect() {
 using Tiers = std::array<Tier, 3>;
 
 Tiers make_tiers() {
-  Tiers tiers{{{"baseline", q4_panels_baseline, true, &lattice_ops_baseline},
-               {"avx2", nullptr, false, nullptr},
-               {"avx512_vnni", nullptr, false, nullptr}}};
+  Tiers tiers{{{"baseline", q4_panels_baseline, true, &lattice_ops_baseline, &scq_ops_baseline},
+               {"avx2", nullptr, false, nullptr, nullptr},
+               {"avx512_vnni", nullptr, false, nullptr, nullptr}}};
 #if defined(VQ_X86)
   [[maybe_unused]] const Features found = detect();
 #if defined(VQ_HAVE_AVX2)
   tiers[VQ_ISA_AVX2].q4_panels = q4_panels_avx2;
   tiers[VQ_ISA_AVX2].lattice = &lattice_ops_avx2;
+  tiers[VQ_ISA_AVX2].scq = &scq_ops_avx2;
   tiers[VQ_ISA_AVX2].supported = found.avx2;
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI)
   tiers[VQ_ISA_AVX512_VNNI].q4_panels = q4_panels_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].lattice = &lattice_ops_avx512_vnni;
+  tiers[VQ_ISA_AVX512_VNNI].scq = &scq_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].supported = found.avx512_vnni;
 #endif
 #endif
@@ -112,6 +115,10 @@ Q4PanelsFn q4_panels() {
 
 const LatticeOps &lattice_ops() {
   return *tiers()[current_isa().load(std::memory_order_relaxed)].lattice;
+}
+
+const ScqOps &scq_ops() {
+  return *tiers()[current_isa().load(std::memory_order_relaxed)].scq;
 }
 
 }  // namespace vq

@@ -3,6 +3,7 @@
 
 #include "lattice_kernels.hpp"
 #include "q4_kernels.hpp"
+#include "scq_solve_kernels.hpp"
 
 namespace vq {
 
@@ -11,5 +12,8 @@ Q4PanelsFn q4_panels();
 
 // The lattice loops of the current tier.
 const LatticeOps &lattice_ops();
+
+// The SCQ solver of the current tier.
+const ScqOps &scq_ops();
 
 }  // namespace vq

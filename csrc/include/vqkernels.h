@@ -164,7 +164,8 @@ VQ_API int32_t vq_q4_gemv(const vq_q4_matrix *matrix, const float *x, int32_t ba
  * index. Where fewer than count states were found, the first is repeated with an infinite error.
  *
  * Supports of one are searched whole. Pairs are searched whole among those whose heavier code is
- * one of the `heavy` nearest (heavy >= num_codes: all pairs). Supports of t = 3 and 4 grow from the
+ * one of the `heavy` nearest; the heavier it is, the fewer: half as many at a weight of 5/8, 1/8 at
+ * 3/4, 1/32 at 7/8, at least 16 (with `exact` = 1: all pairs). Supports of t = 3 and 4 grow from the
  * `beam` best supports of t - 1. Every tier gives the same bits. */
 typedef struct vq_lattice_job {
   const float *latents;  /* [num_latents][num_features] */
@@ -177,6 +178,8 @@ typedef struct vq_lattice_job {
   int32_t heavy;
   int32_t beam;
   int32_t count;
+  int32_t exact;
+  int32_t reserved; /* must be 0 */
   float *errors;       /* [num_latents][count] */
   int64_t *indices;    /* [num_latents][count][max_support] */
   int64_t *numerators; /* likewise */
@@ -184,6 +187,82 @@ typedef struct vq_lattice_job {
 
 /* Runs the job on the calling thread. VQ_ERR_NONFINITE: NaN or infinity in latents or codebook. */
 VQ_API int32_t vq_lattice_search(const vq_lattice_job *job);
+
+/* ---- Soft convex quantization (SCQ): exact solver ----
+ *
+ * For every latent z [num_features] over codes c_k [num_codes][num_features], weights p >= 0 with
+ * sum 1 that minimise |z - sum_k p_k c_k|^2 + lam |p - e_j|^2, where j is the nearest code
+ * (objective VQ_SCQ_NEAREST), or ... + lam |p|^2 (VQ_SCQ_RIDGE). A primal active set in float64;
+ * codes are found by float32 scans whose rounding is bounded, so that no code is overlooked. */
+
+enum {
+  VQ_SCQ_NEAREST = 0,
+  VQ_SCQ_RIDGE = 1,
+  VQ_SCQ_MAX_CODES = 1 << 20,
+  VQ_SCQ_MAX_FEATURES = 1024
+};
+
+/* latents and codebook are both float (is_double = 0) or both double (1), row by row, finite.
+ * tolerance: accepted p.g - min g relative to R (|z| + R) + lam, with g half the gradient and R the
+ * largest code norm, both about the mean of the codes. initial: NULL or [num_latents]
+ * [initial_width] codes to start from, negative ones are skipped. */
+typedef struct vq_scq_problem {
+  const void *latents;
+  const void *codebook;
+  const int64_t *initial;
+  int64_t num_latents;
+  double lam;
+  double tolerance;
+  int32_t num_codes;
+  int32_t num_features;
+  int32_t is_double;
+  int32_t objective;
+  int32_t max_iterations;
+  int32_t initial_width;
+} vq_scq_problem;
+
+/* The first sizes[i] of the max_support slots of row i hold its codes and weights, the others code
+ * 0 and weight 0. nearest: the nearest code. quantized: sum_k p_k c_k. kkt_residual: p.g - min g.
+ * unsolved: 1 where a support outgrew max_support, became dependent, or iterations ran out; such
+ * rows hold no answer. */
+typedef struct vq_scq_solution {
+  int64_t *indices;     /* [num_latents][max_support] */
+  double *weights;      /* [num_latents][max_support] */
+  int64_t *sizes;       /* [num_latents] */
+  int64_t *nearest;     /* [num_latents] */
+  int64_t *iterations;  /* [num_latents] */
+  double *kkt_residual; /* [num_latents] */
+  double *quantized;    /* [num_latents][num_features] */
+  uint8_t *unsolved;    /* [num_latents] */
+  int32_t max_support;
+  int32_t reserved; /* must be 0 */
+} vq_scq_solution;
+
+/* Supports as above and what arrives from above: dL/dp on the slots, dL/dz_q, either may be NULL.
+ * grad_codebook is added to. */
+typedef struct vq_scq_gradient {
+  const int64_t *indices;       /* [num_latents][max_support] */
+  const double *weights;        /* [num_latents][max_support] */
+  const int64_t *sizes;         /* [num_latents] */
+  const double *grad_weights;   /* [num_latents][max_support] or NULL */
+  const double *grad_quantized; /* [num_latents][num_features] or NULL */
+  double *grad_latents;         /* [num_latents][num_features] */
+  double *grad_codebook;        /* [num_codes][num_features] */
+  int32_t max_support;
+  int32_t reserved; /* must be 0 */
+} vq_scq_gradient;
+
+/* Solve; every tier and thread count gives the same bits. pool may be NULL. */
+VQ_API int32_t vq_scq_solve(const vq_scq_problem *problem, const vq_scq_solution *solution,
+                            vq_pool *pool);
+
+/* Implicit differentiation on the supports; the one-hot of the nearest code is a constant. */
+VQ_API int32_t vq_scq_differentiate(const vq_scq_problem *problem, const vq_scq_gradient *gradient,
+                                    vq_pool *pool);
+
+/* Plain vector quantization by the solver's scan: the nearest code of every latent, the lower index
+ * in a tie, as if computed in float64. */
+VQ_API int32_t vq_scq_nearest(const vq_scq_problem *problem, int64_t *indices, vq_pool *pool);
 
 #ifdef __cplusplus
 }
