@@ -6,6 +6,7 @@ anything a person can put right. The work is done by the other modules; nothing 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +17,16 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from scq import zoo
+from scq.bitstream import parse_header
+from scq.bitstream.frame import EntropyChoice
+from scq.cli_compare import compare_command, features_app
 from scq.cli_data import data_app
 from scq.cli_export import export_command
 from scq.cli_shared import (
     MaxPixelsOption,
     ModelFilesOption,
     ModelOption,
+    PartialOption,
     named_codec,
     progress_bar,
     stages,
@@ -64,6 +69,16 @@ def encode(
     image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP picture.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the codes.")],
     model: ModelOption = "nav",
+    entropy: Annotated[
+        EntropyChoice, typer.Option(help="auto takes the shorter of raw and rans.")
+    ] = "auto",
+    tile: Annotated[
+        int | None, typer.Option(help="Side of independently decodable tiles, in latents.")
+    ] = None,
+    rate_weight: Annotated[
+        float | None,
+        typer.Option(help="Squared latent error that a bit is worth; more means fewer bytes."),
+    ] = None,
     max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
 ) -> None:
     """Code a picture of any size."""
@@ -72,13 +87,14 @@ def encode(
         stage()
         codec = named_codec(model)
         stage()
-        encoded = codec.encode(pixels)
+        encoded = codec.encode(pixels, entropy=entropy, tile=tile, rate_weight=rate_weight)
         stage()
         output.write_bytes(encoded.codes)
         stage()
     typer.echo(
         f"{output}: {pixels.shape[1]}x{pixels.shape[0]} in {encoded.stats.coded_bytes} bytes, "
-        f"{encoded.stats.bpp:.4f} bpp, model {codec.name} ({codec.frame_hash.hex()})"
+        f"{encoded.stats.bpp:.4f} bpp, {encoded.stats.entropy}, "
+        f"model {codec.name} ({codec.frame_hash.hex()})"
     )
 
 
@@ -87,6 +103,7 @@ def decode(
     codes: Annotated[Path, typer.Argument(help="File written by `scq encode`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")],
     model: ModelFilesOption = None,
+    partial: PartialOption = False,
     max_pixels: MaxPixelsOption = DEFAULT_MAX_PIXELS,
 ) -> None:
     """Turn codes back into a picture of the original size; the codes name their model."""
@@ -95,25 +112,43 @@ def decode(
     with stages("reading", "loading model", "decoding", "writing") as stage:
         frame = codes.read_bytes()
         stage()
-        codec = _registry(model, max_pixels).for_codes(frame)
+        codec = _registry(model, max_pixels).for_codes(frame, allow_partial=partial)
         stage()
-        pixels = codec.decode(frame)
+        picture = codec.read(frame, allow_partial=partial)
+        pixels = codec.render(picture)
         stage()
         output.write_bytes(write_png(pixels))
         stage()
-    typer.echo(f"{output}: {pixels.shape[1]}x{pixels.shape[0]} by model {codec.name}")
+    layer = "" if picture.complete else ", base layer only"
+    typer.echo(f"{output}: {pixels.shape[1]}x{pixels.shape[0]} by model {codec.name}{layer}")
 
 
 @app.command()
 def recognize(
     codes: Annotated[Path, typer.Argument(help="File written by `scq encode`.")],
     model: ModelFilesOption = None,
+    partial: PartialOption = False,
     top: Annotated[int, typer.Option(min=1, help="How many classes to list.")] = 5,
 ) -> None:
     """Name what the codes show, without decoding a picture."""
-    labels = _registry(model, DEFAULT_MAX_PIXELS).recognize(codes.read_bytes())
+    registry = _registry(model, DEFAULT_MAX_PIXELS)
+    labels = registry.recognize(codes.read_bytes(), allow_partial=partial)
     for label in labels[:top]:
         typer.echo(f"{label.score:7.2%}  {label.name}")
+
+
+@app.command()
+def inspect(
+    codes: Annotated[Path, typer.Argument(help="File written by `scq encode`.")],
+    partial: PartialOption = False,
+) -> None:
+    """Say what a frame's header says; needs no model."""
+    frame = codes.read_bytes()
+    header = parse_header(frame, allow_partial=partial)
+    for field in fields(header):
+        value = getattr(header, field.name)
+        typer.echo(f"{field.name}: {value.hex() if isinstance(value, bytes) else value}")
+    typer.echo(f"bytes: {len(frame)}")
 
 
 @app.command()
@@ -157,6 +192,8 @@ def evaluate_command(
 
 app.command("train")(train_command)
 app.command("export")(export_command)
+app.command("compare")(compare_command)
+app.add_typer(features_app, name="features")
 app.command("study")(study_command)
 app.add_typer(data_app, name="data")
 

@@ -34,6 +34,9 @@ ModelFilesOption = Annotated[
 MaxPixelsOption = Annotated[
     int, typer.Option(min=1, help="Refuse pictures with more pixels than this.")
 ]
+PartialOption = Annotated[
+    bool, typer.Option("--partial", help="Settle for the base layer where the codes are cut.")
+]
 
 
 def named_model(name: str) -> ScqAutoencoder:

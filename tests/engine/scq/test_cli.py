@@ -155,14 +155,41 @@ def test_wrong_codes_are_refused_in_one_line(
     tmp_path: Path, model_file: Path, picture_file: Path
 ) -> None:
     codes, output = tmp_path / "out.scq", tmp_path / "out.png"
-    codes.write_bytes(b"SQ")
-    assert "at least 16" in refusal("decode", codes, "-o", output, "-m", model_file)
+    codes.write_bytes(b"S")
+    assert "at least 12" in refusal("decode", codes, "-o", output, "-m", model_file)
     assert scq("encode", picture_file, "-o", codes, "-m", model_file).exit_code == 0
     assert "unknown model" in refusal("decode", codes, "-o", output)
     assert "end in .png" in refusal("decode", codes, "-o", tmp_path / "out.jpg", "-m", model_file)
     codes.write_bytes(codes.read_bytes()[:-1] + b"\xff")
-    assert "checksum" in refusal("decode", codes, "-o", output, "-m", model_file)
+    assert "full check" in refusal("decode", codes, "-o", output, "-m", model_file)
     assert not output.exists()
+
+
+def test_a_cut_frame_shows_its_base_layer_when_asked(
+    tmp_path: Path, model_file: Path, picture_file: Path
+) -> None:
+    codes, output = tmp_path / "out.scq", tmp_path / "out.png"
+    assert scq("encode", picture_file, "-o", codes, "-m", model_file).exit_code == 0
+    codes.write_bytes(codes.read_bytes()[:-1])
+    assert "allow_partial" in refusal("decode", codes, "-o", output, "-m", model_file)
+    result = scq("decode", codes, "-o", output, "-m", model_file, "--partial")
+    assert result.exit_code == 0, result.output
+    assert "base layer only" in result.output
+    assert output.exists()
+
+
+def test_inspect_tells_a_frame_without_its_model(
+    tmp_path: Path, model_file: Path, picture_file: Path
+) -> None:
+    codes = tmp_path / "out.scq"
+    options = ("--entropy", "raw", "--tile", "2")
+    assert scq("encode", picture_file, "-o", codes, "-m", model_file, *options).exit_code == 0
+    text = scq("inspect", codes).output
+    with Image.open(picture_file) as picture:
+        assert f"width: {picture.width}\n" in text
+    assert "entropy: raw\n" in text
+    assert "tile: 2\n" in text
+    assert f"bytes: {codes.stat().st_size}\n" in text
 
 
 def test_wrong_models_and_missing_data_are_refused_in_one_line(
