@@ -31,6 +31,10 @@ struct Lanes {
   friend Lanes operator*(Lanes a, Lanes b) {
     return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
   }
+  // a where a < b, else b: NaN in a never wins.
+  friend Lanes lesser(Lanes a, Lanes b) {
+    return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+  }
 };
 
 }  // namespace
@@ -40,6 +44,6 @@ struct Lanes {
 
 namespace vq {
 
-const LatticeOps lattice_ops_avx2 = {distances, scan, mix, evaluate};
+const LatticeOps lattice_ops_avx2 = {distances, scan_finds, scan, mix, evaluate};
 
 }  // namespace vq

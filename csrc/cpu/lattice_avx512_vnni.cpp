@@ -19,6 +19,8 @@ struct Lanes {
   friend Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.value, b.value)}; }
   friend Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.value, b.value)}; }
   friend Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.value, b.value)}; }
+  // a where a < b, else b: NaN in a never wins.
+  friend Lanes lesser(Lanes a, Lanes b) { return {_mm512_min_ps(a.value, b.value)}; }
 };
 
 }  // namespace
@@ -28,6 +30,6 @@ struct Lanes {
 
 namespace vq {
 
-const LatticeOps lattice_ops_avx512_vnni = {distances, scan, mix, evaluate};
+const LatticeOps lattice_ops_avx512_vnni = {distances, scan_finds, scan, mix, evaluate};
 
 }  // namespace vq

@@ -40,6 +40,12 @@ struct Lanes {
     for (int i = 0; i < 16; ++i) lanes.value[i] = a.value[i] * b.value[i];
     return lanes;
   }
+  // a where a < b, else b: NaN in a never wins.
+  friend Lanes lesser(const Lanes &a, const Lanes &b) {
+    Lanes lanes;
+    for (int i = 0; i < 16; ++i) lanes.value[i] = a.value[i] < b.value[i] ? a.value[i] : b.value[i];
+    return lanes;
+  }
 };
 
 }  // namespace
@@ -49,6 +55,6 @@ struct Lanes {
 
 namespace vq {
 
-const LatticeOps lattice_ops_baseline = {distances, scan, mix, evaluate};
+const LatticeOps lattice_ops_baseline = {distances, scan_finds, scan, mix, evaluate};
 
 }  // namespace vq

@@ -40,55 +40,88 @@ void distances(const float *z, const float *transposed, std::int32_t features, s
   }
 }
 
-template <int kWeights>
-void scan_weights(ScanJob &job, ScanHandler handler, void *context) {
-  Lanes keep[kWeights];
-  Lanes limit[kWeights];
-  for (int w = 0; w < kWeights; ++w) {
-    keep[w] = Lanes::all(job.keep[w]);
-    limit[w] = Lanes::all(job.limit[w]);
-  }
-  for (std::int32_t j = 0; j < job.padded; j += kLanes) {
-    const Lanes distance = Lanes::load(job.distances + j);
+// Least rest per weight over kBlocks blocks; weights follow each other by one subtraction.
+template <int kWeights, int kBlocks>
+void lower(const ScanJob &job, std::int32_t first, Lanes keep, Lanes (*least)[kWeights]) {
+  for (int b = 0; b < kBlocks; ++b) {
+    const std::int32_t j = first + b * kLanes;
     const Lanes separation = Lanes::load(job.separation + j);
-    std::uint32_t hits[kWeights];
-    std::uint32_t any = 0;
-    for (int w = 0; w < kWeights; ++w) {
-      hits[w] = (distance - keep[w] * separation).below(limit[w]);
-      any |= hits[w];
-    }
-    if (any == 0) {
-      continue;
-    }
-    for (int w = 0; w < kWeights; ++w) {
-      if (hits[w] != 0) {
-        handler(context, job, w, j, hits[w]);
-      }
-    }
-    for (int w = 0; w < kWeights; ++w) {
-      limit[w] = Lanes::all(job.limit[w]);
+    Lanes rest = Lanes::load(job.distances + j) - keep * separation;
+    least[b][0] = lesser(rest, least[b][0]);
+    for (int w = 1; w < kWeights; ++w) {
+      rest = rest - separation;
+      least[b][w] = lesser(rest, least[b][w]);
     }
   }
 }
 
-void scan(ScanJob &job, ScanHandler handler, void *context) {
+// Errors grow with `rest`, so per weight only its minimum counts. Few weights take several blocks
+// at a time to hide latencies.
+template <int kWeights>
+bool finds(const ScanJob &job) {
+  constexpr int kBlocks = kWeights == 1 ? 4 : kWeights == 2 ? 2 : 1;
+  const Lanes keep = Lanes::all(job.first_keep);
+  Lanes least[kBlocks][kWeights];
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int w = 0; w < kWeights; ++w) {
+      least[b][w] = Lanes::all(__builtin_inff());
+    }
+  }
+  std::int32_t j = 0;
+  for (; j + kBlocks * kLanes <= job.padded; j += kBlocks * kLanes) {
+    lower<kWeights, kBlocks>(job, j, keep, least);
+  }
+  for (; j < job.padded; j += kLanes) {
+    lower<kWeights, 1>(job, j, keep, least);
+  }
+  for (int b = 1; b < kBlocks; ++b) {
+    for (int w = 0; w < kWeights; ++w) {
+      least[0][w] = lesser(least[b][w], least[0][w]);
+    }
+  }
+  Lanes error = Lanes::all(job.kept[0]) + Lanes::all(job.add[0]) * least[0][0];
+  for (int w = 1; w < kWeights; ++w) {
+    error = lesser(Lanes::all(job.kept[w]) + Lanes::all(job.add[w]) * least[0][w], error);
+  }
+  return error.below(Lanes::all(job.limit)) != 0;
+}
+
+bool scan_finds(const ScanJob &job) {
   switch (job.num_weights) {
     case 1:
-      return scan_weights<1>(job, handler, context);
+      return finds<1>(job);
     case 2:
-      return scan_weights<2>(job, handler, context);
+      return finds<2>(job);
     case 3:
-      return scan_weights<3>(job, handler, context);
+      return finds<3>(job);
     case 4:
-      return scan_weights<4>(job, handler, context);
+      return finds<4>(job);
     case 5:
-      return scan_weights<5>(job, handler, context);
+      return finds<5>(job);
     case 6:
-      return scan_weights<6>(job, handler, context);
+      return finds<6>(job);
     case 7:
-      return scan_weights<7>(job, handler, context);
+      return finds<7>(job);
     default:
-      return scan_weights<8>(job, handler, context);
+      return finds<8>(job);
+  }
+}
+
+void scan(const ScanJob &job, BlockHandler handler, void *context) {
+  float limit = job.limit;
+  alignas(64) float errors[kLanes];
+  for (std::int32_t j = 0; j < job.padded; j += kLanes) {
+    const Lanes separation = Lanes::load(job.separation + j);
+    Lanes rest = Lanes::load(job.distances + j) - Lanes::all(job.first_keep) * separation;
+    for (std::int32_t w = 0; w < job.num_weights; ++w) {
+      const Lanes error = Lanes::all(job.kept[w]) + Lanes::all(job.add[w]) * rest;
+      const std::uint32_t lanes = error.below(Lanes::all(limit));
+      if (lanes != 0) {
+        error.store(errors);
+        limit = handler(context, j, w, lanes, errors);
+      }
+      rest = rest - separation;
+    }
   }
 }
 
@@ -103,7 +136,7 @@ void mix(const float *const *rows, const float *weights, std::int32_t num_rows, 
   }
 }
 
-void evaluate(const EvaluateJob &job, EvaluateHandler handler, void *context) {
+void evaluate(const EvaluateJob &job, BlockHandler handler, void *context) {
   float limit = job.limit;
   alignas(64) float errors[kLanes];
   for (std::int32_t c = 0; c < job.padded; c += kLanes) {
@@ -115,7 +148,7 @@ void evaluate(const EvaluateJob &job, EvaluateHandler handler, void *context) {
     const std::uint32_t hits = sum.below(Lanes::all(limit));
     if (hits != 0) {
       sum.store(errors);
-      limit = handler(context, c, hits, errors);
+      limit = handler(context, c, 0, hits, errors);
     }
   }
 }

@@ -102,7 +102,7 @@ class Codebook {
     view_.reach = norm * view_.inverse_radius;
     view_.lam = view_.given->lam * view_.inverse_radius * view_.inverse_radius;
     view_.bonus = view_.given->objective == VQ_SCQ_NEAREST ? view_.lam : 0.0;
-    view_.ridge = kRidge;
+    view_.diagonal = std::max(view_.lam, kRidge * view_.reach * view_.reach);
   }
 
   void pack() {

@@ -25,7 +25,7 @@ struct ScqCodebook {
   double lam;    // of these units: lam / radius^2
   double bonus;  // lam, or 0 for the ridge objective
   double reach;  // the largest |c|, in (1/2, 1]
-  double ridge;  // keeps supports definite at lam = 0
+  double diagonal;  // lam, or the ridge that keeps supports definite when lam is less
   std::int32_t padded;
   std::int32_t capacity;  // largest support, a multiple of kScqWide
   std::int32_t features;  // num_features up to a multiple of kScqWide

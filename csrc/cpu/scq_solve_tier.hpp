@@ -3,7 +3,7 @@
 // sum has a fixed order, so all tiers agree bit for bit.
 //
 // Per latent a primal active set, as scq/solver/exact.py. The inverse Cholesky factor M of
-// A = C_S C_S^T + (lam + ridge) I + 1 1^T is kept and updated: a code enters by one more row, and
+// A = C_S C_S^T + max(lam, ridge) I + 1 1^T is kept and updated: a code enters by one more row, and
 // leaves by plane rotations of the rows after it. With y = M b and w = M 1, which take part in both,
 // the optimum on the support is q = M^T (y - nu w): no triangular solve, hence no chain of
 // dependent steps. (1 1^T is a constant on the simplex and makes supports definite without lam.)
@@ -183,17 +183,15 @@ Lowest rank_values(const ScqCodebook &book, const float *offsets, float *scores)
   float minima[2 * kScqLanes];
   even.store(minima);
   odd.store(minima + kScqLanes);
-  // Only the smallest kKeepRank are put in order.
-  for (int i = 0; i < kKeepRank; ++i) {
-    int smallest = i;
-    for (int j = i + 1; j < 2 * kScqLanes; ++j) {
-      smallest = minima[j] < minima[smallest] ? j : smallest;
-    }
-    const float value = minima[smallest];
-    minima[smallest] = minima[i];
-    minima[i] = value;
+  // The smallest minimum that at least kKeepRank of them do not exceed, and the least of all.
+  Lowest out{kFloatInfinity, kFloatInfinity};
+  for (const float value : minima) {
+    const Floats bound = Floats::all(value);
+    const int rank = __builtin_popcount(even.at_most(bound) | (odd.at_most(bound) << 16));
+    out.keep = rank >= kKeepRank && value < out.keep ? value : out.keep;
+    out.best = value < out.best ? value : out.best;
   }
-  return {minima[0], minima[kKeepRank - 1]};
+  return out;
 }
 
 // Codes with values <= limit, in order, at most `most` of them; how many there are in `out`.
@@ -255,6 +253,7 @@ void mark_candidate(Latent &s, std::int32_t code, float penalty) {
   for (std::int32_t c = 0; c < s.num_candidates; ++c) {
     if (s.candidates[c] == code) {
       s.penalty[c] = penalty;
+      return;
     }
   }
 }
@@ -279,7 +278,7 @@ bool append(const ScqCodebook &book, Latent &s, std::int32_t code, double least_
       clear8(s.mt + i * ld + n);
     }
   }
-  double pivot = dot(s.entering, s.entering, book.features) + 1.0 + book.lam + book.ridge;
+  double pivot = dot(s.entering, s.entering, book.features) + 1.0 + book.diagonal;
   const std::int32_t width = round_up(n);
   for (std::int32_t b = 0; b < width; b += kScqWide) {
     fold(s.mt + b, ld, s.a, 0, n < b + kScqWide ? n : b + kScqWide).store(s.l + b);
@@ -289,7 +288,7 @@ bool append(const ScqCodebook &book, Latent &s, std::int32_t code, double least_
     if (least_pivot > 0.0) {
       return false;
     }
-    pivot = book.ridge;
+    pivot = book.diagonal;
   }
   const double inverse = 1.0 / std::sqrt(pivot);
   double b_new = dot(s.entering, s.z, book.features) - s.reference;
@@ -342,10 +341,13 @@ void rotate(Latent &s, std::int64_t ld, std::int32_t k, std::int32_t column, std
     (c * first - d * second).store(upper + b);
     (d * first + c * second).store(lower + b);
   }
+  // Not a difference: GCC 12 makes one FMA of cosine * first - sine * second next to the sum below,
+  // -ffp-contract=off or not, and the tiers would part.
+  const double minus_sine = -sine;
   for (double *vector : {s.y, s.w}) {
     const double first = vector[k];
     const double second = vector[k + 1];
-    vector[k] = cosine * first - sine * second;
+    vector[k] = cosine * first + minus_sine * second;
     vector[k + 1] = sine * first + cosine * second;
   }
 }
@@ -489,11 +491,26 @@ std::int32_t lowest_candidate(const ScqCodebook &book, const Latent &s) {
     const double bonus = book.bonus / s.length;
     values[s.nearest_candidate] -= static_cast<float>(bonus < 1e30 ? bonus : 1e30);
   }
-  std::int32_t best = 0;
-  for (std::int32_t c = 1; c < s.num_candidates; ++c) {
-    best = values[c] < values[best] ? c : best;
+  Floats lowest = Floats::load(values);
+  for (int v = 1; v < kVectors; ++v) {
+    lowest = Floats::min(lowest, Floats::load(values + v * kScqLanes));
   }
-  return s.num_candidates > 0 && values[best] < kFloatInfinity ? s.candidates[best] : -1;
+  float lanes[kScqLanes];
+  lowest.store(lanes);
+  float least = lanes[0];
+  for (const float lane : lanes) {
+    least = lane < least ? lane : least;
+  }
+  if (!(least < kFloatInfinity)) {
+    return -1;
+  }
+  const Floats bound = Floats::all(least);
+  int v = 0;
+  std::uint32_t hits = 0;
+  while ((hits = Floats::load(values + v * kScqLanes).at_most(bound)) == 0) {
+    ++v;
+  }
+  return s.candidates[v * kScqLanes + __builtin_ctz(hits)];
 }
 
 // To the optimum over support and candidates.

@@ -114,9 +114,10 @@ def search(
 ) -> LatticeAssignment:
     """Best assignment of every latent: least squared error over the states that are searched.
 
-    Single codes are searched whole. Pairs are searched whole among those whose heavier code is one
-    of the nearest (all pairs if `exact`, or if there are few codes). Supports of 3 and 4 grow from
-    the best supports of one code less and take the best of all weights.
+    Single codes are searched whole. Pairs are searched whole among those whose heavier code is
+    near enough for its weight (all pairs if `exact`): at K = 256 that found the exact minimum for
+    99.8 % of the latents of the nav and food models and lost less than 0.0001 dB. Supports of 3
+    and 4 grow from the best supports of one code less and take the best of all weights.
 
     Args:
         latents: (N, F), any float dtype.
@@ -132,8 +133,7 @@ def search(
             f"exact search covers supports of 1 and 2 codes, got max_support {code.max_support}; "
             "leave out exact"
         )
-    effort = LatticeEffort(heavy=code.num_codes) if exact else LatticeEffort()
-    return _search_states(latents, codebook, code, effort).best
+    return _search_states(latents, codebook, code, LatticeEffort(exact=exact)).best
 
 
 def search_candidates(

@@ -48,9 +48,9 @@ def search_states(
     dtype = torch.promote_types(latents.dtype, torch.float32)
     latents, codebook = latents.detach().to(dtype), codebook.detach().to(dtype)
     search = _Search(codebook, max_support, denominator, effort)
-    width = min(effort.heavy, len(codebook)) * len(codebook) * (1 + denominator // 2)
+    width = search.num_heavy * len(codebook) * (1 + denominator // 2)
     chunk = max(1, _SCRATCH_FLOATS // width)
-    parts = [search.states(part) for part in latents.split(chunk)] if len(latents) else []
+    parts = [search.states(part) for part in torch.split(latents, chunk)] if len(latents) else []
     if not parts:
         empty = torch.empty(0, effort.count, max_support, dtype=torch.int64, device=latents.device)
         return States(latents.new_empty(0, effort.count), empty, empty.clone())
@@ -77,6 +77,7 @@ class _Search:
         self.weights = {
             size: _make_weights(denominator, size, codebook) for size in range(2, max_support + 1)
         }
+        self.num_heavy = len(codebook) if effort.exact else min(effort.heavy, len(codebook))
         light = torch.arange(1, denominator // 2 + 1, device=codebook.device)
         self.light = light
         self.add = light.to(codebook.dtype) / denominator
@@ -88,7 +89,7 @@ class _Search:
         ).square()
         best, beam = self._singles(distances), None
         if self.max_support > 1:
-            heavy = self._nearest(distances, self.effort.heavy)
+            heavy = self._nearest(distances, self.num_heavy)
             errors = self._pair_errors(distances, heavy)
             best = self._keep_best(best, self._pairs(errors, heavy, self.effort.count))
             if self.max_support > 2:

@@ -39,6 +39,8 @@ class LatticeJobStruct(ctypes.Structure):
         ("heavy", ctypes.c_int32),
         ("beam", ctypes.c_int32),
         ("count", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("errors", ctypes.c_void_p),
         ("indices", ctypes.c_void_p),
         ("numerators", ctypes.c_void_p),
@@ -49,14 +51,15 @@ class LatticeJobStruct(ctypes.Structure):
 class LatticeEffort:
     """How hard to search and how many states to return.
 
-    heavy: pairs are scanned whole for this many nearest codes as the heavier one; num_codes or
-    more scans all pairs. beam: supports kept while growing to 3 and 4 codes. count: states
-    returned per latent, 1..256.
+    heavy: pairs of equal weights are scanned for this many nearest codes, other pairs for fewer:
+    half as many at a weight of 5/8, 1/8 at 3/4, 1/32 at 7/8. exact: scan all pairs. beam: supports
+    kept while growing to 3 and 4 codes. count: states returned per latent, 1..256.
     """
 
-    heavy: int = 32
+    heavy: int = 256
     beam: int = 8
     count: int = 1
+    exact: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,8 @@ def lattice_search(
         min(effort.heavy, MAX_CODES),
         effort.beam,
         effort.count,
+        int(effort.exact),
+        0,
         states.errors.ctypes.data,
         states.indices.ctypes.data,
         states.numerators.ctypes.data,

@@ -208,11 +208,10 @@ def test_torch_and_native_searches_find_the_same_states(
     generator = torch.Generator().manual_seed(9)
     codebook = torch.randn(num_codes, 6, generator=generator)
     latents = torch.randn(30, 6, generator=generator) * 0.6
+    effort = LatticeEffort(count=count, exact=True)
     code = LatticeCode(num_codes, max_support, denominator)
-    found = search_candidates(latents, codebook, code, count)
-    twin = lattice_torch.search_states(
-        latents, codebook, max_support, denominator, LatticeEffort(count=count)
-    )
+    found = lattice._search_states(latents, codebook, code, effort)
+    twin = lattice_torch.search_states(latents, codebook, max_support, denominator, effort)
     assert torch.equal(found.indices, twin.indices)
     assert torch.equal(found.numerators, twin.numerators)
     torch.testing.assert_close(found.errors, twin.errors, rtol=1e-4, atol=1e-5)
