@@ -187,6 +187,26 @@ def unpack(
     return _DeltaReader(codes, header, grid, tables, before).read(allow_partial)
 
 
+def base_layer_end(codes: bytes, code: LatticeCode, grid: Grid) -> int:
+    """Length of the frame's shortest prefix that decodes partially, as its header and length table
+    have it. Raises CorruptCodes where these are out of form."""
+    header = parse_header(codes, allow_partial=True)
+    tiles = split_tiles(grid, header.tile)
+    if header.entropy == "raw":
+        return header.num_bytes + sum(raw.base_bytes(len(t.rows), code) for t in tiles)
+    lengths, position = _read_length_table(codes, header.num_bytes, len(tiles))
+    return position + sum(lengths[: len(tiles)])
+
+
+def _read_length_table(codes: bytes, position: int, num_tiles: int) -> tuple[list[int], int]:
+    """Lengths of all segments but the last, and where the table ends."""
+    lengths = []
+    for _ in range(2 * num_tiles - 1):
+        length, position = read_varint(codes, position)
+        lengths.append(length)
+    return lengths, position
+
+
 def check_reference(
     header: FrameHeader, reference: LatticeAssignment | None, code: LatticeCode, grid: Grid
 ) -> Latents:
@@ -333,11 +353,9 @@ class _KeyReader(_RawReader):
         self.tables = tables
 
     def _find_segments(self) -> None:
-        position, lengths = self.header.num_bytes, []
-        for _ in range(2 * len(self.tiles) - 1):
-            length, position = read_varint(self.codes, position)
-            lengths.append(length)
-        self.base_start = position
+        lengths, self.base_start = _read_length_table(
+            self.codes, self.header.num_bytes, len(self.tiles)
+        )
         self.base_lengths = lengths[: len(self.tiles)]
         self.enhancement_lengths = lengths[len(self.tiles) :]
 
