@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scq import lattice_torch
+from scq import lattice_reference, lattice_torch
 from scq.errors import InvalidCodebook, InvalidLatents, UnsupportedOperation
 from vqkernels import native_status
 from vqkernels.lattice import (
@@ -137,15 +137,40 @@ def search(
 
 
 def search_candidates(
-    latents: Tensor, codebook: Tensor, code: LatticeCode, count: int
+    latents: Tensor,
+    codebook: Tensor,
+    code: LatticeCode,
+    count: int,
+    reference: LatticeAssignment | None = None,
 ) -> Candidates:
     """The best `count` distinct states (1..256) of every latent, searched as in `search`.
 
-    Raises as `search`, and UnsupportedOperation for a count outside 1..256.
+    With a reference of N latents, states near it follow: its own, its codes with other weights,
+    and its state with one code replaced (errors +inf where there is none; some may repeat others).
+
+    Raises as `search`; InvalidLatents for a reference of another size, UnsupportedOperation for a
+    count outside 1..256.
     """
     if not 1 <= count <= MAX_STATES:
         raise UnsupportedOperation(f"count is {count}, must lie in 1..{MAX_STATES}")
-    return _search_states(latents, codebook, code, LatticeEffort(count=count))
+    found = _search_states(latents, codebook, code, LatticeEffort(count=count))
+    if reference is None or not len(latents):
+        return found
+    shape = (len(latents), code.max_support)
+    if reference.indices.shape != shape:
+        raise InvalidLatents(f"the reference is {tuple(reference.indices.shape)}, not {shape}")
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    with torch.no_grad():
+        near = lattice_reference.near_states(
+            latents.detach().to(dtype),
+            codebook.detach().to(dtype),
+            reference.indices.to(latents.device),
+            reference.numerators.to(latents.device),
+            code.denominator,
+        )
+    pairs = ((found.errors, near.errors), (found.indices, near.indices))
+    errors, indices = (torch.cat(pair, dim=1) for pair in pairs)
+    return Candidates(errors, indices, torch.cat((found.numerators, near.numerators), dim=1))
 
 
 def reconstruct(assignment: LatticeAssignment, codebook: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def search_states(
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """All compositions of n into t parts: numerators (C, t), coefficients (terms, C)."""
 
     numerators: Tensor
@@ -75,7 +75,7 @@ class _Search:
         self.max_support, self.denominator = max_support, denominator
         self.separation = _separations(codebook)
         self.weights = {
-            size: _make_weights(denominator, size, codebook) for size in range(2, max_support + 1)
+            size: make_weights(denominator, size, codebook) for size in range(2, max_support + 1)
         }
         self.num_heavy = len(codebook) if effort.exact else min(effort.heavy, len(codebook))
         light = torch.arange(1, denominator // 2 + 1, device=codebook.device)
@@ -132,7 +132,7 @@ class _Search:
         flat = errors.flatten(1)
         values, at = flat.topk(min(count, flat.shape[1]), dim=1, largest=False)
         indices, numerators = self._pair_states(at, heavy, errors.shape)
-        return States(values, *_canonical(*self._widen(indices, numerators)))
+        return States(values, *canonical_slots(*self._widen(indices, numerators)))
 
     def _pair_beam(self, errors: Tensor, heavy: Tensor) -> _Supports:
         values, weight = errors.min(dim=1)
@@ -188,14 +188,14 @@ class _Search:
             terms += [self.separation[indices[:, :, a], indices[:, :, b]] for a in range(b)]
         return torch.stack(terms, dim=2)
 
-    def _best_weights(self, errors: Tensor, indices: Tensor, weights: _Weights) -> States:
+    def _best_weights(self, errors: Tensor, indices: Tensor, weights: Weights) -> States:
         flat = errors.flatten(1)
         # The same support may come from several supports of the beam.
         count = min(self.effort.count * indices.shape[2], flat.shape[1])
         values, at = flat.topk(count, dim=1, largest=False)
         support, weight = at // errors.shape[2], at % errors.shape[2]
         codes = indices.gather(1, support.unsqueeze(2).expand(-1, -1, indices.shape[2]))
-        return States(values, *_canonical(*self._widen(codes, weights.numerators[weight])))
+        return States(values, *canonical_slots(*self._widen(codes, weights.numerators[weight])))
 
     def _widen(self, indices: Tensor, numerators: Tensor) -> tuple[Tensor, Tensor]:
         missing = self.max_support - indices.shape[2]
@@ -210,7 +210,7 @@ class _Search:
         if old is not None:
             new = States(*(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)))
         key = torch.cat((new.indices, new.numerators), dim=2)
-        errors = new.errors.masked_fill(_repeats(key, new.errors), math.inf)
+        errors = new.errors.masked_fill(repeats(key, new.errors), math.inf)
         order = errors.sort(dim=1, stable=True).indices[:, : self.effort.count]
         missing = self.effort.count - order.shape[1]
         errors = torch.nn.functional.pad(errors.gather(1, order), (0, missing), value=math.inf)
@@ -223,7 +223,7 @@ class _Search:
 
     def _distinct_supports(self, supports: _Supports) -> _Supports:
         key = supports.indices.sort(dim=2).values
-        errors = supports.errors.masked_fill(_repeats(key, supports.errors), math.inf)
+        errors = supports.errors.masked_fill(repeats(key, supports.errors), math.inf)
         order = errors.sort(dim=1, stable=True).indices[:, : self.effort.beam]
         wide = order.unsqueeze(2).expand(-1, -1, key.shape[2])
         return _Supports(
@@ -239,7 +239,8 @@ def _separations(codebook: Tensor) -> Tensor:
     return table.masked_fill(table <= 0, -math.inf)
 
 
-def _make_weights(denominator: int, size: int, like: Tensor) -> _Weights:
+def make_weights(denominator: int, size: int, like: Tensor) -> Weights:
+    """All weights of `size` codes, on the device and in the dtype of `like`."""
     parts = [
         (*head, denominator - sum(head))
         for head in itertools.product(range(1, denominator), repeat=size - 1)
@@ -250,10 +251,10 @@ def _make_weights(denominator: int, size: int, like: Tensor) -> _Weights:
     rows = [shares[:, a] for a in range(size)]
     for b in range(1, size):
         rows += [-shares[:, a] * shares[:, b] for a in range(b)]
-    return _Weights(numerators, torch.stack(rows))
+    return Weights(numerators, torch.stack(rows))
 
 
-def _canonical(indices: Tensor, numerators: Tensor) -> tuple[Tensor, Tensor]:
+def canonical_slots(indices: Tensor, numerators: Tensor) -> tuple[Tensor, Tensor]:
     """Heaviest code first, ties by lower index; unused slots stay last."""
     used = numerators > 0
     order = torch.where(used, indices, indices.max() + 1).argsort(dim=2, stable=True)
@@ -263,7 +264,7 @@ def _canonical(indices: Tensor, numerators: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(numerators > 0, indices, indices[:, :, :1]), numerators
 
 
-def _repeats(keys: Tensor, errors: Tensor) -> Tensor:
+def repeats(keys: Tensor, errors: Tensor) -> Tensor:
     """(N, B) bool: an equal key (N, B, t) stands before it, or has a smaller error."""
     equal = (keys.unsqueeze(1) == keys.unsqueeze(2)).all(dim=3)
     place = torch.arange(keys.shape[1], device=keys.device)
