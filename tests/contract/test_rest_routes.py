@@ -29,7 +29,7 @@ def routes() -> set[str]:
 
 def test_every_promised_route_exists_and_no_other(routes: set[str]) -> None:
     promised = set(re.findall(r"REST: ((?:GET|POST) /v1/[\w/{}]+)", PROTO.read_text()))
-    assert len(promised) == 5
+    assert len(promised) == 6
     assert routes == promised
 
 

@@ -16,17 +16,19 @@ from vqserve.common.runtime import Runtime
 from vqserve.tokenizer.codecs import ModelStore, ServedModel
 from vqserve.tokenizer.config import TokenizerSettings
 from vqserve.tokenizer.core import TokenizerCore
-from vqserve.tokenizer.loading import load_served, load_served_file, zoo_names
+from vqserve.tokenizer.health import HealthProbe
+from vqserve.tokenizer.loading import load_served, load_served_file, with_bundle, zoo_names
 from vqserve.tokenizer.metrics import ScqMetrics
 from vqserve.tokenizer.pipeline import FramePipeline
 from vqserve.tokenizer.rest import add_routes
 from vqserve.tokenizer.service import TokenizerServicer
-from vqserve.tokenizer.streams import FrameStreams
+from vqserve.tokenizer.streams import FrameStreams, StreamLimits
 from vqstack.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
 SERVICE_NAME = "tokenizerd"
 GRPC_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
+# Turns one entry of `settings.models` and the pixel limit into a model.
 ModelLoader = Callable[[str, int], ServedModel]
 
 
@@ -58,7 +60,7 @@ class Models:
         for spec in names:
             try:
                 model = await self._pipeline.run(self._load, spec, self._settings.max_image_pixels)
-                self._serve(model)
+                await self._serve(model)
             except ServiceError as error:
                 raise StartupError(f"--models {spec}: {error.message}") from error
         if not self._store.names:
@@ -68,7 +70,7 @@ class Models:
         """Load a model file and serve it beside the others."""
         limit = self._settings.max_image_pixels
         model = await self._pipeline.run(load_served_file, path, name, limit)
-        self._serve(model)
+        await self._serve(model)
         return LoadedModel(model.name, model.card.model_hash)
 
     async def unload_model(self, name: str) -> None:
@@ -77,7 +79,8 @@ class Models:
         self._store.remove(name)
         self._metrics.model_unloaded(name, model.card.model_hash)
 
-    def _serve(self, model: ServedModel) -> None:
+    async def _serve(self, model: ServedModel) -> None:
+        model = await self._pipeline.run(with_bundle, model, self._settings.bundle_root)
         self._store.add(model)
         card = model.card
         self._metrics.model_loaded(card.name, card.model_hash, card.num_codes)
@@ -97,14 +100,16 @@ def build_app(settings: TokenizerSettings, load: ModelLoader = load_served) -> S
         settings.max_concurrent_requests, settings.engine_threads, runtime.metrics
     )
     metrics.watch_queue(lambda: frames.waiting)
-    core = TokenizerCore(store, pipeline, frames, metrics, settings.max_request_bytes)
+    health = HealthProbe(metrics, settings.health_probe_every)
+    core = TokenizerCore(store, pipeline, frames, metrics, settings.max_request_bytes, health)
     open_streams = AdmissionGate(settings.max_streams, settings.max_streams, runtime.metrics)
-    streams = FrameStreams(core, open_streams, settings.stream_queue_frames, runtime.state.refusing)
+    streams = FrameStreams(core, open_streams, _stream_limits(settings), runtime.state.refusing)
     servicer = TokenizerServicer(core, streams)
     http = build_http(runtime, "tokenizerd: frames to SCQ codes and back")
     add_routes(http, core, streams)
 
     async def close() -> None:
+        await health.close()
         pipeline.close()
 
     return ServiceApp(
@@ -121,4 +126,12 @@ def build_app(settings: TokenizerSettings, load: ModelLoader = load_served) -> S
         models=models,
         load=models.load_configured,
         close=close,
+    )
+
+
+def _stream_limits(settings: TokenizerSettings) -> StreamLimits:
+    return StreamLimits(
+        queue_frames=settings.stream_queue_frames,
+        frames_at_work=settings.stream_frames_at_work,
+        keyframe_interval=settings.keyframe_interval,
     )

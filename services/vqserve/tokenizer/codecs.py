@@ -1,36 +1,50 @@
-"""What tokenizerd asks of a codec, and the models that are being served.
+"""The models that are being served, and how their pictures are to be coded.
 
-Knows no protobuf and no transport. `scq.codec.FrameCodec` is the codec in production; tests
-serve others of the same shape.
+Knows no protobuf and no transport.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
-from scq.codec import EncodedFrame, Label
+from scq.bitstream.frame import EntropyChoice
+from scq.codec import EncodedFrame, FrameCodec, FrameEncoder
 from scq.images import Pixels
+from vqserve.tokenizer.artifacts import Artifacts
 from vqserve.tokenizer.errors import LastModel, ModelNameTaken, UnknownModel
 
 MIN_HASH_DIGITS = 8
 
 
-class Codec(Protocol):
-    """Picture to codes and back. Thread-safe; raises scq.errors.ScqError."""
+@dataclass(frozen=True)
+class Coding:
+    """How pictures become codes.
 
-    def encode(self, image: Pixels) -> EncodedFrame:
-        """uint8 (H, W, 3) to an SCQ1 frame."""
-        ...
+    tile_side in latents, None for one tile; rate_weight in squared latent error per bit.
+    """
 
-    def decode(self, codes: bytes) -> Pixels:
-        """An SCQ1 frame to uint8 (H, W, 3) of the original size."""
-        ...
+    entropy: EntropyChoice = "auto"
+    tile_side: int | None = None
+    rate_weight: float = 0.0
 
-    def recognize(self, codes: bytes) -> list[Label]:
-        """Every class, most probable first."""
-        ...
+    def encode(self, codec: FrameCodec, image: Pixels) -> EncodedFrame:
+        """uint8 (H, W, 3) to a key frame."""
+        return codec.encode(
+            image, entropy=self.entropy, tile=self.tile_side, rate_weight=self.rate_weight
+        )
+
+    def encoder(self, codec: FrameCodec, keyframe_interval: int) -> FrameEncoder:
+        """The encoder of a new stream."""
+        return codec.frame_encoder(
+            keyframe_interval=keyframe_interval,
+            entropy=self.entropy,
+            tile=self.tile_side,
+            rate_weight=self.rate_weight,
+        )
+
+
+DEFAULT_CODING = Coding()
 
 
 @dataclass(frozen=True)
@@ -49,15 +63,18 @@ class ModelCard:
     classes: tuple[str, ...]
     max_width: int
     max_height: int
+    codebook_exponent: int = 0
+    has_entropy_tables: bool = False
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model: its card, its codebook as little-endian float32, and its codec."""
+    """A loaded model: its card, its codebook as little-endian float32, its codec and files."""
 
     card: ModelCard
-    codebook: bytes
-    codec: Codec
+    codebook: bytes = field(repr=False)
+    codec: FrameCodec
+    artifacts: Artifacts = field(default_factory=Artifacts, repr=False)
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from vqserve.common.config import ServiceSettings
@@ -33,6 +35,30 @@ class TokenizerSettings(ServiceSettings):
     max_streams: int = Field(default=64, ge=1, description="Frame streams open at the same time")
     stream_queue_frames: int = Field(
         default=4, ge=1, description="Frames of one stream that wait for their turn"
+    )
+    stream_frames_at_work: int = Field(
+        default=2,
+        ge=1,
+        description="Frames of one stream at work at the same time: while one is coded, the next "
+        "one's picture is read",
+    )
+    keyframe_interval: int = Field(
+        default=30,
+        ge=1,
+        le=100_000,
+        description="Frames from one key frame of an encoded stream to the next, unless the client "
+        "says; 1 sends key frames only",
+    )
+    health_probe_every: int = Field(
+        default=64,
+        ge=0,
+        description="One encoded frame in so many is decoded and solved exactly for the metrics "
+        "of codebook and solver health; 0 never",
+    )
+    bundle_root: Path | None = Field(
+        default=None,
+        description="Folder with a bundle made by `scq export` for each model that has one, in a "
+        "folder of the model's name; GetModel hands its files out",
     )
     codebook_window_frames: int = Field(
         default=256, ge=1, description="Frames over which the codebook use is measured"

@@ -1,7 +1,7 @@
 """What each RPC does, free of transport: coroutines from request message to response message.
 
 The gRPC servicer, the REST routes and the WebSocket all call these, so the protocols cannot
-drift apart. Failures are ServiceErrors. Knows no engine type: frames go through `pipeline`.
+drift apart. Failures are ServiceErrors. Calls no engine: frames go through `pipeline`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scq.bitstream import FrameHeader
+from scq.codec import CodedPicture
 from vqserve.common.admission import AdmissionGate
 from vqserve.common.errors import InvalidArgument, PayloadTooLarge, ServiceError
 from vqserve.common.logging import annotate
 from vqserve.tokenizer import convert
-from vqserve.tokenizer.codecs import ModelStore, ServedModel
-from vqserve.tokenizer.errors import EmptyPayload
+from vqserve.tokenizer.artifacts import Artifact
+from vqserve.tokenizer.codecs import DEFAULT_CODING, Coding, ModelStore, ServedModel
+from vqserve.tokenizer.errors import ArtifactsTooLarge, EmptyPayload
+from vqserve.tokenizer.health import HealthProbe
 from vqserve.tokenizer.metrics import UNKNOWN_MODEL, ScqMetrics
-from vqserve.tokenizer.pictures import ImageFormat
 from vqserve.tokenizer.pipeline import (
-    DecodedPicture,
     EncodedPicture,
     FramePipeline,
-    Recognition,
     StageClock,
     require_head,
 )
@@ -36,6 +37,10 @@ Operation = Literal["encode", "decode", "recognize"]
 
 DEFAULT_TOP_K = 5
 MAX_TOP_K = 100
+# Together below the 4 MiB that gRPC clients accept by default.
+MAX_INLINE_CODEBOOK_BYTES = 512 * 1024
+MAX_INLINE_ARTIFACT_BYTES = 3 * 1024 * 1024
+CHUNK_BYTES = 256 * 1024
 
 
 @dataclass
@@ -59,73 +64,80 @@ class TokenizerCore:
         gate: AdmissionGate,
         metrics: ScqMetrics,
         max_payload_bytes: int,
+        health: HealthProbe | None = None,
     ) -> None:
         self.models = models
+        self.pipeline = pipeline
         self.metrics = metrics
         self.max_payload_bytes = max_payload_bytes
-        self._pipeline = pipeline
         self._gate = gate
+        self._health = health
 
     async def encode(
         self, request: tokenizer_pb2.EncodeRequest, transport: Transport
     ) -> tokenizer_pb2.EncodeResponse:
         """Image file to codes."""
-        with self.frame("encode", transport) as record:
+        with self.frame(FrameRecord("encode", transport)) as record:
             model = self.named_model(request.model)
-            encoded = await self.encode_image(record, model, request.image)
+            coding = convert.coding(request.coding)
+            encoded = await self.encode_image(record, model, request.image, coding)
         annotate(
             model=model.name,
             bytes_in=encoded.source_bytes,
             bytes_out=len(encoded.codes),
-            bpp=round(encoded.bpp, 5),
+            bpp=round(encoded.frame.stats.bpp, 5),
         )
         return tokenizer_pb2.EncodeResponse(
             codes=encoded.codes,
             model=model.name,
             width=encoded.width,
             height=encoded.height,
-            bpp=encoded.bpp,
+            bpp=encoded.frame.stats.bpp,
             source_bytes=encoded.source_bytes,
             timings=convert.timings(record.clock.seconds),
+            frame_type=convert.frame_type_number(encoded.frame.stats.frame_type),
+            base_bytes=encoded.frame.stats.base_bytes,
         )
 
     async def decode(
         self, request: tokenizer_pb2.DecodeRequest, transport: Transport
     ) -> tokenizer_pb2.DecodeResponse:
         """Codes to an image file."""
-        with self.frame("decode", transport) as record:
+        with self.frame(FrameRecord("decode", transport)) as record:
             image_format = convert.image_format(request.format)
-            decoded = await self.decode_codes(record, request.codes, image_format)
-        annotate(
-            model=decoded.model.name, bytes_in=len(request.codes), bytes_out=len(decoded.image)
-        )
+            model, picture = await self._read(record, request.codes, request.allow_partial)
+            image = await self.pipeline.render(model, picture, image_format, record.clock)
+        annotate(model=model.name, bytes_in=len(request.codes), bytes_out=len(image))
         return tokenizer_pb2.DecodeResponse(
-            image=decoded.image,
-            format=convert.image_format_number(decoded.image_format),
-            model=decoded.model.name,
-            width=decoded.width,
-            height=decoded.height,
+            image=image,
+            format=convert.image_format_number(image_format),
+            model=model.name,
+            width=picture.placement.width,
+            height=picture.placement.height,
             timings=convert.timings(record.clock.seconds),
+            complete=picture.complete,
         )
 
     async def recognize(
         self, request: tokenizer_pb2.RecognizeRequest, transport: Transport
     ) -> tokenizer_pb2.RecognizeResponse:
         """Image file or codes to labels."""
-        with self.frame("recognize", transport) as record:
+        with self.frame(FrameRecord("recognize", transport)) as record:
             top_k = checked_top_k(request.top_k)
-            if request.WhichOneof("input") == "image":
-                model = self.named_model(request.model)
-                recognized = await self.recognize_image(record, model, request.image)
-            else:
-                pinned = self.models.by_name(request.model) if request.model else None
-                recognized = await self.recognize_codes(record, request.codes, pinned)
-        annotate(model=recognized.model.name, coded_bytes=len(recognized.codes))
+            model, codes = await self._codes_to_recognize(record, request)
+            require_head(model)
+            picture = await self.pipeline.read(
+                model.codec, codes, request.allow_partial, record.clock
+            )
+            self.count_partial(record, picture.complete)
+            found = await self.pipeline.label(model, picture, record.clock)
+        annotate(model=model.name, coded_bytes=len(codes))
         return tokenizer_pb2.RecognizeResponse(
-            labels=convert.labels(recognized.labels[:top_k]),
-            model=recognized.model.name,
-            coded_bytes=len(recognized.codes),
+            labels=convert.labels(found[:top_k]),
+            model=model.name,
+            coded_bytes=len(codes),
             timings=convert.timings(record.clock.seconds),
+            complete=picture.complete,
         )
 
     def list_models(self) -> tokenizer_pb2.ListModelsResponse:
@@ -134,51 +146,85 @@ class TokenizerCore:
         return tokenizer_pb2.ListModelsResponse(models=infos)
 
     def get_model(self, request: tokenizer_pb2.GetModelRequest) -> tokenizer_pb2.GetModelResponse:
-        """One model with its codebook."""
+        """One model with its codebook, a list of its files, and those that were asked for."""
         model = self.models.by_name_or_hash(request.model)
+        wanted = {name: model.artifacts.get(name, "artifacts") for name in request.artifacts}
+        size = sum(len(file.data) for file in wanted.values())
+        if size > MAX_INLINE_ARTIFACT_BYTES:
+            raise ArtifactsTooLarge(
+                f"the artifacts asked for have {size} bytes, one answer carries "
+                f"{MAX_INLINE_ARTIFACT_BYTES}; fetch them with GetModelArtifact",
+                field="artifacts",
+            )
         return tokenizer_pb2.GetModelResponse(
-            model=convert.model_info(model.card), codebook=model.codebook
+            model=convert.model_info(model.card),
+            codebook=model.codebook if len(model.codebook) <= MAX_INLINE_CODEBOOK_BYTES else b"",
+            artifacts=[
+                convert.artifact(file, with_data=file.name in wanted)
+                for file in model.artifacts.all()
+            ],
         )
 
-    async def encode_image(
-        self, record: FrameRecord, model: ServedModel, image: bytes
-    ) -> EncodedPicture:
-        """Encode one frame and count its sizes."""
-        record.model = model.name
-        self._require_payload(image, "image")
-        encoded = await self._pipeline.encode(model, image, record.clock)
-        pixels = encoded.width * encoded.height
-        self.metrics.encoded(model.name, len(encoded.codes), encoded.source_bytes, pixels)
-        self.metrics.codebook_used(model.name, encoded.indices)
-        return encoded
+    def artifact(self, model: str, name: str) -> Artifact:
+        """One file of a model."""
+        return self.models.by_name_or_hash(model).artifacts.get(name)
 
-    async def decode_codes(
+    def artifact_chunks(
+        self, request: tokenizer_pb2.GetModelArtifactRequest
+    ) -> Iterator[tokenizer_pb2.GetModelArtifactResponse]:
+        """One file of a model from an offset on, in chunks; the first message describes it."""
+        file = self.artifact(request.model, request.name)
+        if request.offset > len(file.data):
+            raise InvalidArgument(
+                f"offset is {request.offset}, the file has {len(file.data)} bytes", field="offset"
+            )
+        described: tokenizer_pb2.Artifact | None = convert.artifact(file)
+        starts = range(request.offset, max(len(file.data), request.offset + 1), CHUNK_BYTES)
+        for start in starts:
+            chunk = file.data[start : start + CHUNK_BYTES]
+            yield tokenizer_pb2.GetModelArtifactResponse(artifact=described, chunk=chunk)
+            described = None
+
+    async def encode_image(
+        self, record: FrameRecord, model: ServedModel, image: bytes, coding: Coding
+    ) -> EncodedPicture:
+        """Encode one image file by itself and count its sizes."""
+        record.model = model.name
+        self.require_payload(image, "image")
+        pixels = await self.pipeline.open(image, record.clock)
+        frame = await self.pipeline.encode(model, pixels, coding, record.clock)
+        return self.count_encoded(EncodedPicture(model, pixels, frame, len(image)))
+
+    async def accept_codes(
         self,
         record: FrameRecord,
         codes: bytes,
-        image_format: ImageFormat,
+        allow_partial: bool,
         pinned: ServedModel | None = None,
-    ) -> DecodedPicture:
-        """Decode one frame and count its size."""
-        model = await self._model_of(record, codes, pinned)
-        decoded = await self._pipeline.decode(model, codes, image_format, record.clock)
-        return decoded
-
-    async def recognize_image(
-        self, record: FrameRecord, model: ServedModel, image: bytes
-    ) -> Recognition:
-        """Encode one frame, then label its codes."""
+    ) -> tuple[ServedModel, FrameHeader]:
+        """Check the header of codes that came in, count them, and find their model."""
+        if pinned is not None:
+            record.model = pinned.name
+        self.require_payload(codes, "codes")
+        header = await self.pipeline.header_of(codes, allow_partial, record.clock)
+        model = self.pipeline.model_of(header, pinned)
         record.model = model.name
-        require_head(model)
-        encoded = await self.encode_image(record, model, image)
-        return await self._pipeline.recognize(model, encoded.codes, record.clock)
+        self.metrics.received(model.name, len(codes), header.frame_type)
+        return model, header
 
-    async def recognize_codes(
-        self, record: FrameRecord, codes: bytes, pinned: ServedModel | None = None
-    ) -> Recognition:
-        """Label one frame's codes."""
-        model = await self._model_of(record, codes, pinned)
-        return await self._pipeline.recognize(model, codes, record.clock)
+    def count_encoded(self, encoded: EncodedPicture) -> EncodedPicture:
+        """Count the sizes of one frame that was encoded; now and then probe it."""
+        pixels = encoded.width * encoded.height
+        name = encoded.model.name
+        self.metrics.encoded(name, encoded.frame, encoded.source_bytes, pixels)
+        if self._health is not None:
+            self._health.consider(encoded, is_busy=self._gate.waiting > 0)
+        return encoded
+
+    def count_partial(self, record: FrameRecord, complete: bool) -> None:
+        """Count a frame that was read in part."""
+        if not complete:
+            self.metrics.partial(record.model, record.operation)
 
     def named_model(self, name: str) -> ServedModel:
         """The model that a request must name."""
@@ -187,44 +233,8 @@ class TokenizerCore:
             raise InvalidArgument(f"model is empty; name one of: {loaded}", field="model")
         return self.models.by_name(name)
 
-    @contextmanager
-    def frame(self, operation: Operation, transport: Transport) -> Iterator[FrameRecord]:
-        """Admit one frame; count its outcome, latency and stages."""
-        record = FrameRecord(operation, transport)
-        outcome = "ok"
-        try:
-            with self._gate.admit():
-                yield record
-            self._observe(record)
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except ServiceError as error:
-            outcome = error.grpc_code.name.lower()
-            raise
-        except Exception:
-            outcome = "internal"
-            raise
-        finally:
-            self.metrics.frames.labels(record.model, operation, transport, outcome).inc()
-
-    def _observe(self, record: FrameRecord) -> None:
-        seconds = time.perf_counter() - record.started
-        self.metrics.latency.labels(record.model, record.operation).observe(seconds)
-        self.metrics.staged(record.model, record.clock.seconds)
-
-    async def _model_of(
-        self, record: FrameRecord, codes: bytes, pinned: ServedModel | None
-    ) -> ServedModel:
-        if pinned is not None:
-            record.model = pinned.name
-        self._require_payload(codes, "codes")
-        model = await self._pipeline.model_of(codes, record.clock, pinned)
-        record.model = model.name
-        self.metrics.received(model.name, len(codes))
-        return model
-
-    def _require_payload(self, payload: bytes, field_name: str) -> None:
+    def require_payload(self, payload: bytes, field_name: str) -> None:
+        """Raise EmptyPayload or PayloadTooLarge."""
         if not payload:
             raise EmptyPayload(
                 f"{field_name} is empty; send the bytes to work on", field=field_name
@@ -235,6 +245,49 @@ class TokenizerCore:
                 "send less or raise max_request_bytes",
                 field=field_name,
             )
+
+    @contextmanager
+    def frame(self, record: FrameRecord) -> Iterator[FrameRecord]:
+        """Admit one frame; count its outcome, latency and stages."""
+        outcome = "ok"
+        try:
+            with self._gate.admit():
+                yield record
+            seconds = time.perf_counter() - record.started
+            self.metrics.timed(record.model, record.operation, seconds, record.clock.seconds)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except ServiceError as error:
+            outcome = error.grpc_code.name.lower()
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            self.metrics.finished(record.model, record.operation, record.transport, outcome)
+
+    async def _read(
+        self, record: FrameRecord, codes: bytes, allow_partial: bool
+    ) -> tuple[ServedModel, CodedPicture]:
+        model, _ = await self.accept_codes(record, codes, allow_partial)
+        picture = await self.pipeline.read(model.codec, codes, allow_partial, record.clock)
+        self.count_partial(record, picture.complete)
+        return model, picture
+
+    async def _codes_to_recognize(
+        self, record: FrameRecord, request: tokenizer_pb2.RecognizeRequest
+    ) -> tuple[ServedModel, bytes]:
+        """The codes that came in, or those of the image that did."""
+        if request.WhichOneof("input") == "image":
+            model = self.named_model(request.model)
+            record.model = model.name
+            require_head(model)
+            encoded = await self.encode_image(record, model, request.image, DEFAULT_CODING)
+            return model, encoded.codes
+        pinned = self.models.by_name(request.model) if request.model else None
+        model, _ = await self.accept_codes(record, request.codes, request.allow_partial, pinned)
+        return model, request.codes
 
 
 def checked_top_k(top_k: int) -> int:

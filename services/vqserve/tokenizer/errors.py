@@ -32,6 +32,12 @@ class CorruptCodes(InvalidArgument):
     reason = "CORRUPT_CODES"
 
 
+class ReferenceMismatch(InvalidArgument):
+    """A delta frame whose reference is not the frame that was decoded last."""
+
+    reason = "REFERENCE_MISMATCH"
+
+
 class InvalidLatents(InvalidArgument):
     """The encoder made latents that cannot be quantized (NaN or infinity)."""
 
@@ -56,6 +62,18 @@ class InvalidStream(InvalidArgument):
     reason = "INVALID_STREAM"
 
 
+class ArtifactsTooLarge(InvalidArgument):
+    """More bytes of artifacts than one message may carry."""
+
+    reason = "ARTIFACTS_TOO_LARGE"
+
+
+class UnknownArtifact(NotFound):
+    """The model has no file of this name."""
+
+    reason = "UNKNOWN_ARTIFACT"
+
+
 class UnknownModel(NotFound):
     """No loaded model has this name or made these codes."""
 
@@ -66,6 +84,18 @@ class NoRecognitionHead(FailedPrecondition):
     """The model turns frames into codes but was not trained to label them."""
 
     reason = "NO_RECOGNITION_HEAD"
+
+
+class NoEntropyTables(FailedPrecondition):
+    """The model's codes can be written RAW only."""
+
+    reason = "NO_ENTROPY_TABLES"
+
+
+class ModelHashMismatch(FailedPrecondition):
+    """The client holds another version of the model than the server."""
+
+    reason = "MODEL_HASH_MISMATCH"
 
 
 class ModelNameTaken(AlreadyExists):

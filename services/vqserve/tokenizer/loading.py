@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from scq import zoo
 from scq.codec import FrameCodec
 from scq.errors import ScqError
 from scq.model import ScqAutoencoder, load_model
+from vqserve.tokenizer import artifacts
+from vqserve.tokenizer.artifacts import Artifact, Artifacts
 from vqserve.tokenizer.codecs import ModelCard, ServedModel
 from vqserve.tokenizer.convert import translated_errors
 from vqserve.tokenizer.errors import InvalidModel
@@ -69,7 +73,31 @@ def serve(model: ScqAutoencoder, max_image_pixels: int, name: str = "") -> Serve
             field="name",
         )
     codec = FrameCodec(model, max_pixels=max_image_pixels)
-    return ServedModel(card, _codebook_bytes(model), codec)
+    return ServedModel(card, _codebook_bytes(model), codec, Artifacts(_own_files(model)))
+
+
+def with_bundle(model: ServedModel, bundle_root: Path | None) -> ServedModel:
+    """The model with the files of its export bundle, if `bundle_root` has one of its name.
+
+    Raises InvalidModel for a bundle of another model, and for one that is damaged.
+    """
+    if bundle_root is None or not (folder := bundle_root / model.name).is_dir():
+        return model
+    # The exporter is not needed for serving; it is imported only where there is a bundle.
+    from scq.export.bundle import read_bundle
+
+    with translated_errors():
+        bundle = read_bundle(folder)
+        files = [Artifact.of(entry.name, bundle.read(entry.name)) for entry in bundle.artifacts]
+    made_for, held = str(bundle.model["model_id"]), model.card.model_hash
+    if made_for != held:
+        raise InvalidModel(
+            f"{folder} was exported from model {made_for[:12]}, {model.name!r} is {held[:12]}; "
+            "export it again"
+        )
+    manifest = Artifact.of(artifacts.MANIFEST, (folder / artifacts.MANIFEST).read_bytes())
+    own = model.artifacts.all()
+    return replace(model, artifacts=Artifacts([*own, manifest, *files]))
 
 
 def _card(model: ScqAutoencoder, name: str) -> ModelCard:
@@ -87,7 +115,18 @@ def _card(model: ScqAutoencoder, name: str) -> ModelCard:
         classes=config.classes,
         max_width=config.max_width,
         max_height=config.max_height,
+        codebook_exponent=model.codebook_int16()[1],
+        has_entropy_tables=bool(model.entropy_tensors),
     )
+
+
+def _own_files(model: ScqAutoencoder) -> list[Artifact]:
+    integers, _ = model.codebook_int16()
+    files = [Artifact.of(artifacts.CODEBOOK, integers.astype("<i2").tobytes())]
+    if model.entropy_tensors:
+        tables = {name: tensor.contiguous() for name, tensor in model.entropy_tensors.items()}
+        files.append(Artifact.of(artifacts.TABLES, safetensors.torch.save(tables)))
+    return files
 
 
 def _codebook_bytes(model: ScqAutoencoder) -> bytes:

@@ -12,18 +12,30 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from scq.bitstream import FrameHeader, parse_header
-from scq.codec import EncodedFrame, Label
+from scq.codec import CodedPicture, EncodedFrame, FrameEncoder, Label
 from scq.images import Pixels, read_image
-from vqserve.tokenizer.codecs import ModelStore, ServedModel
+from vqserve.tokenizer.codecs import Coding, ModelStore, ServedModel
 from vqserve.tokenizer.convert import translated_errors
-from vqserve.tokenizer.errors import ImageTooLarge, ModelMismatch, NoRecognitionHead
-from vqserve.tokenizer.metrics import Indices
+from vqserve.tokenizer.errors import (
+    ImageTooLarge,
+    ModelMismatch,
+    NoEntropyTables,
+    NoRecognitionHead,
+)
 from vqserve.tokenizer.pictures import ImageFormat, write_image
 
 T = TypeVar("T")
+
+
+class CodesReader(Protocol):
+    """What turns bytes into lattice codes: a FrameCodec, or a stream's FrameDecoder."""
+
+    def read(self, codes: bytes, *, allow_partial: bool = False) -> CodedPicture:
+        """Raises scq.errors.ScqError."""
+        ...
 
 
 @dataclass
@@ -39,39 +51,27 @@ class StageClock:
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """Codes of one image file; width and height are those of the original, in pixels."""
+    """One picture and its frame; `source_bytes` is the size of its image file."""
 
     model: ServedModel
-    codes: bytes
-    width: int
-    height: int
+    pixels: Pixels = field(repr=False)
+    frame: EncodedFrame
     source_bytes: int
-    indices: Indices
 
     @property
-    def bpp(self) -> float:
-        """Measured bits per pixel of the original."""
-        return 8 * len(self.codes) / (self.width * self.height)
+    def codes(self) -> bytes:
+        """The SCQ1 frame."""
+        return self.frame.codes
 
+    @property
+    def width(self) -> int:
+        """Width of the original, in pixels."""
+        return int(self.pixels.shape[1])
 
-@dataclass(frozen=True)
-class DecodedPicture:
-    """An image file made from codes."""
-
-    model: ServedModel
-    image: bytes
-    image_format: ImageFormat
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Recognition:
-    """Labels, most probable first, and the codes they were read from."""
-
-    model: ServedModel
-    labels: Sequence[Label]
-    codes: bytes
+    @property
+    def height(self) -> int:
+        """Height of the original, in pixels."""
+        return int(self.pixels.shape[0])
 
 
 class FramePipeline:
@@ -90,73 +90,101 @@ class FramePipeline:
         """Run something else (loading a model) on the worker threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def encode(self, model: ServedModel, image: bytes, clock: StageClock) -> EncodedPicture:
-        """Image file to codes."""
-        pixels: Pixels = await self._stage(
-            clock, "image_decode", read_image, image, self._max_image_pixels
+    async def open(self, image: bytes, clock: StageClock) -> Pixels:
+        """Image file to pixels."""
+        return await self._stage(
+            clock, "image_decode", lambda: read_image(image, self._max_image_pixels)
         )
-        encoded: EncodedFrame = await self._stage(clock, None, model.codec.encode, pixels)
-        for stage, seconds in encoded.stats.seconds.items():
-            clock.add(stage, seconds)
-        height, width = pixels.shape[:2]
-        # Unused slots of the support repeat an index; only real weights count as use.
-        indices = encoded.stats.indices[encoded.stats.numerators > 0]
-        return EncodedPicture(model, encoded.codes, width, height, len(image), indices)
 
-    async def decode(
-        self, model: ServedModel, codes: bytes, image_format: ImageFormat, clock: StageClock
-    ) -> DecodedPicture:
-        """Codes to an image file of the original's size; `model` must have made them."""
-        pixels: Pixels = await self._stage(clock, "decoder", model.codec.decode, codes)
-        image = await self._stage(clock, "serialize", write_image, pixels, image_format)
-        height, width = pixels.shape[:2]
-        return DecodedPicture(model, image, image_format, width, height)
+    async def encode(
+        self, model: ServedModel, pixels: Pixels, coding: Coding, clock: StageClock
+    ) -> EncodedFrame:
+        """A picture to a key frame."""
+        require_tables(model, coding)
+        frame = await self._stage(clock, None, lambda: coding.encode(model.codec, pixels))
+        return _timed(frame, clock)
 
-    async def recognize(self, model: ServedModel, codes: bytes, clock: StageClock) -> Recognition:
-        """Codes to labels; `model` must be the one that made them."""
-        require_head(model)
-        labels: Sequence[Label] = await self._stage(clock, "head", model.codec.recognize, codes)
-        return Recognition(model, labels, codes)
+    async def encode_next(
+        self, encoder: FrameEncoder, pixels: Pixels, force_key: bool, clock: StageClock
+    ) -> EncodedFrame:
+        """The next picture of a stream to a key or delta frame."""
+        frame = await self._stage(clock, None, lambda: encoder.encode(pixels, force_key=force_key))
+        return _timed(frame, clock)
 
-    async def model_of(
-        self, codes: bytes, clock: StageClock, pinned: ServedModel | None = None
-    ) -> ServedModel:
-        """The model that made the codes; checks them and the size of the picture they claim.
+    async def header_of(self, codes: bytes, allow_partial: bool, clock: StageClock) -> FrameHeader:
+        """What codes say about themselves; checks the size of the picture they claim.
 
         A few bytes of header could otherwise ask for gigabytes of picture.
         """
-        header: FrameHeader = await self._stage(clock, "entropy", parse_header, codes)
+        header = await self._stage(
+            clock, "entropy", lambda: parse_header(codes, allow_partial=allow_partial)
+        )
         if header.width * header.height > self._max_image_pixels:
             raise ImageTooLarge(
                 f"the codes stand for {header.width}x{header.height} pixels, the limit is "
                 f"{self._max_image_pixels}",
                 field="codes",
             )
+        return header
+
+    def model_of(self, header: FrameHeader, pinned: ServedModel | None = None) -> ServedModel:
+        """The model that made the codes; ModelMismatch unless it is the pinned one."""
         if pinned is None:
             return self._models.by_hash(header.model_hash)
         if not pinned.card.model_hash.startswith(header.model_hash.hex()):
             raise ModelMismatch(
-                f"model {pinned.name!r} was asked for, but the codes were made by model "
-                f"{header.model_hash.hex()}; leave the model empty or send its own codes",
+                f"model {pinned.name!r} ({pinned.card.model_hash[:8]}) was asked for, but the "
+                f"codes were made by model {header.model_hash.hex()}; leave the model empty or "
+                "send its own codes",
                 field="model",
             )
         return pinned
 
-    async def _stage(
-        self, clock: StageClock, stage: str | None, function: Callable[..., T], *arguments: object
-    ) -> T:
+    async def read(
+        self, reader: CodesReader, codes: bytes, allow_partial: bool, clock: StageClock
+    ) -> CodedPicture:
+        """Codes to lattice codes: of a key frame by a codec, of a stream's next by its decoder."""
+        return await self._stage(
+            clock, "entropy", lambda: reader.read(codes, allow_partial=allow_partial)
+        )
+
+    async def render(
+        self,
+        model: ServedModel,
+        picture: CodedPicture,
+        image_format: ImageFormat,
+        clock: StageClock,
+    ) -> bytes:
+        """Lattice codes to an image file of the original's size."""
+        pixels = await self._stage(clock, "decoder", lambda: model.codec.render(picture))
+        return await self._stage(clock, "serialize", lambda: write_image(pixels, image_format))
+
+    async def label(
+        self, model: ServedModel, picture: CodedPicture, clock: StageClock
+    ) -> Sequence[Label]:
+        """Lattice codes to labels, most probable first."""
+        require_head(model)
+        return await self._stage(clock, "head", lambda: model.codec.label(picture))
+
+    async def _stage(self, clock: StageClock, stage: str | None, function: Callable[[], T]) -> T:
         submitted = time.perf_counter()
 
         def timed() -> T:
             started = time.perf_counter()
             clock.add("queue", started - submitted)
             with translated_errors():
-                result = function(*arguments)
+                result = function()
             if stage is not None:
                 clock.add(stage, time.perf_counter() - started)
             return result
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+
+
+def _timed(frame: EncodedFrame, clock: StageClock) -> EncodedFrame:
+    for stage, seconds in frame.stats.seconds.items():
+        clock.add(stage, seconds)
+    return frame
 
 
 def require_head(model: ServedModel) -> None:
@@ -165,4 +193,14 @@ def require_head(model: ServedModel) -> None:
         raise NoRecognitionHead(
             f"model {model.name!r} has no recognition head; ListModels tells which have classes",
             field="model",
+        )
+
+
+def require_tables(model: ServedModel, coding: Coding) -> None:
+    """Raise NoEntropyTables when rANS is wanted from a model that cannot."""
+    if coding.entropy == "rans" and not model.card.has_entropy_tables:
+        raise NoEntropyTables(
+            f"model {model.name!r} has no entropy tables; leave the entropy mode open or ask for "
+            "raw",
+            field="coding.entropy",
         )

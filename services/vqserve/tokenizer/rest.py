@@ -15,9 +15,11 @@ from google.protobuf.message import DecodeError, Message
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocketDisconnect
 
+from scq.bitstream.frame import EntropyChoice
 from vqserve.common.asgi import WS_INTERNAL_ERROR, WS_TRY_AGAIN_LATER
 from vqserve.common.errors import InvalidArgument, ServiceError
 from vqserve.tokenizer import convert
+from vqserve.tokenizer.convert import MAX_TILE_SIDE
 from vqserve.tokenizer.core import MAX_TOP_K, TokenizerCore
 from vqserve.tokenizer.errors import InvalidStream
 from vqserve.tokenizer.pictures import MEDIA_TYPES, ImageFormat
@@ -33,6 +35,13 @@ MAX_CLOSE_REASON = 123
 ModelQuery = Annotated[str, Query(description="Model name, for example nav")]
 FormatQuery = Annotated[ImageFormat, Query(description="File format of the picture")]
 TopKQuery = Annotated[int, Query(ge=0, le=MAX_TOP_K, description="Labels wanted; 5 when 0")]
+EntropyQuery = Annotated[EntropyChoice, Query(description="Entropy coder; auto takes the smaller")]
+TileQuery = Annotated[
+    int, Query(ge=0, le=MAX_TILE_SIDE, description="Side of a tile in latents; 0 for one tile")
+]
+RateQuery = Annotated[float, Query(description="Squared latent error that one bit is worth")]
+PartialQuery = Annotated[bool, Query(description="Read a truncated frame's base layer")]
+ArtifactsQuery = Annotated[list[str] | None, Query(description="Files wanted in the answer")]
 
 
 def add_routes(app: FastAPI, core: TokenizerCore, streams: FrameStreams) -> None:
@@ -46,9 +55,20 @@ def add_routes(app: FastAPI, core: TokenizerCore, streams: FrameStreams) -> None
 
 def _add_encode(app: FastAPI, core: TokenizerCore) -> None:
     @app.post("/v1/encode", tags=["frames"], openapi_extra=_body(*MEDIA_TYPES.values()))
-    async def encode(request: Request, model: ModelQuery = "") -> Response:
+    async def encode(
+        request: Request,
+        model: ModelQuery = "",
+        entropy: EntropyQuery = "auto",
+        tile_side: TileQuery = 0,
+        rate_weight: RateQuery = 0.0,
+    ) -> Response:
         """Image file (JPEG, PNG or WebP) to SCQ1 codes; JSON with base64 when accepted."""
-        message = tokenizer_pb2.EncodeRequest(model=model, image=await request.body())
+        coding = tokenizer_pb2.CodingOptions(
+            entropy=convert.entropy_number(entropy), tile_side=tile_side, rate_weight=rate_weight
+        )
+        message = tokenizer_pb2.EncodeRequest(
+            model=model, image=await request.body(), coding=coding
+        )
         reply = await core.encode(message, "rest")
         if JSON_MEDIA_TYPE in request.headers.get("accept", ""):
             return _json(reply)
@@ -58,6 +78,7 @@ def _add_encode(app: FastAPI, core: TokenizerCore) -> None:
             "x-vqstack-width": str(reply.width),
             "x-vqstack-height": str(reply.height),
             "x-vqstack-source-bytes": str(reply.source_bytes),
+            "x-vqstack-base-bytes": str(reply.base_bytes),
             "server-timing": _server_timing(reply.timings),
         }
         return Response(reply.codes, media_type=CODES_MEDIA_TYPE, headers=headers)
@@ -65,10 +86,14 @@ def _add_encode(app: FastAPI, core: TokenizerCore) -> None:
 
 def _add_decode(app: FastAPI, core: TokenizerCore) -> None:
     @app.post("/v1/decode", tags=["frames"], openapi_extra=_body(CODES_MEDIA_TYPE))
-    async def decode(request: Request, format: FormatQuery = "png") -> Response:
+    async def decode(
+        request: Request, format: FormatQuery = "png", allow_partial: PartialQuery = False
+    ) -> Response:
         """SCQ1 codes to an image file of the original's size."""
         message = tokenizer_pb2.DecodeRequest(
-            codes=await request.body(), format=convert.image_format_number(format)
+            codes=await request.body(),
+            format=convert.image_format_number(format),
+            allow_partial=allow_partial,
         )
         reply = await core.decode(message, "rest")
         if JSON_MEDIA_TYPE in request.headers.get("accept", ""):
@@ -77,6 +102,7 @@ def _add_decode(app: FastAPI, core: TokenizerCore) -> None:
             "x-vqstack-model": reply.model,
             "x-vqstack-width": str(reply.width),
             "x-vqstack-height": str(reply.height),
+            "x-vqstack-complete": str(reply.complete).lower(),
             "server-timing": _server_timing(reply.timings),
         }
         return Response(reply.image, media_type=MEDIA_TYPES[format], headers=headers)
@@ -87,10 +113,15 @@ def _add_recognize(app: FastAPI, core: TokenizerCore) -> None:
 
     @app.post("/v1/recognize", tags=["frames"], openapi_extra=body)
     async def recognize(
-        request: Request, model: ModelQuery = "", top_k: TopKQuery = 0
+        request: Request,
+        model: ModelQuery = "",
+        top_k: TopKQuery = 0,
+        allow_partial: PartialQuery = False,
     ) -> JSONResponse:
         """Labels of an image (content type image/*) or of codes (application/octet-stream)."""
-        message = tokenizer_pb2.RecognizeRequest(model=model, top_k=top_k)
+        message = tokenizer_pb2.RecognizeRequest(
+            model=model, top_k=top_k, allow_partial=allow_partial
+        )
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type.startswith("image/"):
             message.image = await request.body()
@@ -112,9 +143,20 @@ def _add_models(app: FastAPI, core: TokenizerCore) -> None:
         return _json(core.list_models())
 
     @app.get("/v1/models/{model}", tags=["models"])
-    async def get_model(model: str) -> JSONResponse:
-        """One model with its codebook (float32, little-endian, base64)."""
-        return _json(core.get_model(tokenizer_pb2.GetModelRequest(model=model)))
+    async def get_model(model: str, artifacts: ArtifactsQuery = None) -> JSONResponse:
+        """One model with its codebook (float32, little-endian, base64) and a list of its files."""
+        message = tokenizer_pb2.GetModelRequest(model=model, artifacts=artifacts or ())
+        return _json(core.get_model(message))
+
+    @app.get("/v1/models/{model}/artifacts/{name}", tags=["models"])
+    async def get_artifact(request: Request, model: str, name: str) -> Response:
+        """One file of a model; its SHA-256 is the ETag, and If-None-Match is heeded."""
+        file = core.artifact(model, name)
+        etag = f'"{file.sha256}"'
+        headers = {"etag": etag, "x-vqstack-sha256": file.sha256, "cache-control": "no-cache"}
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(file.data, media_type=file.media_type, headers=headers)
 
 
 def _add_stream(app: FastAPI, streams: FrameStreams) -> None:

@@ -59,5 +59,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def GetModel(
         self, request: tokenizer_pb2.GetModelRequest, context: Context
     ) -> tokenizer_pb2.GetModelResponse:
-        """One model with its codebook."""
+        """One model with its codebook, and the files of it that were asked for."""
         return self._core.get_model(request)
+
+    async def GetModelArtifact(
+        self, request: tokenizer_pb2.GetModelArtifactRequest, context: Context
+    ) -> AsyncGenerator[tokenizer_pb2.GetModelArtifactResponse, None]:
+        """One file of a model, in chunks."""
+        for response in self._core.artifact_chunks(request):
+            yield response

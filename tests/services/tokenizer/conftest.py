@@ -55,6 +55,7 @@ async def blocked() -> AsyncIterator[tuple[Ports, BlockingCodec]]:
         engine_threads=1,
         torch_threads=1,
         drain_grace_seconds=5,
+        health_probe_every=0,  # A probe would be one more encoder run to count.
     )
     async with running(build_app(settings, load)) as ports:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from scq.bitstream import pack_delta, parse_header
 from scq.codec import FrameCodec
+from support.lattices import random_assignment, random_tables
 from support.process import Failure, ServiceProcess, grpc_failure, http_failure
 from support.tokenizerd import (
     LABELLED,
@@ -36,7 +39,13 @@ from vqstack.tokenizer.v1 import tokenizer_pb2_grpc
 OCTETS = {"content-type": "application/octet-stream"}
 TOO_MANY_BYTES = 200_001
 
-Request = pb.EncodeRequest | pb.DecodeRequest | pb.RecognizeRequest | pb.GetModelRequest
+Request = (
+    pb.EncodeRequest
+    | pb.DecodeRequest
+    | pb.RecognizeRequest
+    | pb.GetModelRequest
+    | pb.GetModelArtifactRequest
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,34 @@ def decode_case(name: str, codes: bytes, reason: str, code: str = "INVALID_ARGUM
     return Case(name, pb.DecodeRequest(codes=codes), "/v1/decode", codes, code, reason)
 
 
+def coding_case(
+    name: str, coding: pb.CodingOptions, query: str, model: str = "labelled", reason: str = ""
+) -> Case:
+    image = image_file()
+    request = pb.EncodeRequest(model=model, image=image, coding=coding)
+    path = f"/v1/encode?model={model}&{query}"
+    code = "FAILED_PRECONDITION" if reason else "INVALID_ARGUMENT"
+    return Case(name, request, path, image, code, reason or code)
+
+
+def coding_cases() -> list[Case]:
+    options = pb.CodingOptions
+    return [
+        coding_case("unknown entropy mode", options(entropy=9), "entropy=zip"),  # type: ignore[arg-type]
+        coding_case("tile of 256 latents", options(tile_side=256), "tile_side=256"),
+        coding_case("rate weight NaN", options(rate_weight=math.nan), "rate_weight=nan"),
+        coding_case("infinite rate weight", options(rate_weight=math.inf), "rate_weight=inf"),
+        coding_case("negative rate weight", options(rate_weight=-0.1), "rate_weight=-0.1"),
+        coding_case(
+            "rANS without tables",
+            options(entropy=pb.ENTROPY_MODE_RANS),
+            "entropy=rans",
+            "plain",
+            "NO_ENTROPY_TABLES",
+        ),
+    ]
+
+
 def encode_cases() -> list[Case]:
     jpeg = image_file("JPEG")
     return [
@@ -100,35 +137,52 @@ def encode_cases() -> list[Case]:
     ]
 
 
+def delta_codes() -> bytes:
+    """A delta frame of the labelled model; what it changes does not matter."""
+    code = LABELLED.lattice
+    still = random_assignment(code, 6)
+    model_hash = FrameCodec(tiny_model(LABELLED)).frame_hash
+    return pack_delta(model_hash, still, code, (2, 3), reference=still, tables=random_tables(code))
+
+
 def decode_cases() -> list[Case]:
-    codes = codes_of()
-    out_of_range = resealed(codes[:16] + b"\xff" * (len(codes) - 16))
+    codes = codes_of("plain")
+    header = parse_header(codes)
+    start = header.num_bytes
+    out_of_range = resealed(codes[:start] + b"\xff" * (len(codes) - start))
+    # Width and height of 48x32 are one byte each.
+    wide = codes[:10] + b"\xff\xff\x03" * 2 + codes[12:]
     return [
         decode_case("no codes", b"", "EMPTY_PAYLOAD"),
-        decode_case("three bytes as codes", b"SQ\x01", "CORRUPT_CODES"),
-        decode_case("wrong magic", resealed(b"XX" + codes[2:]), "CORRUPT_CODES"),
-        decode_case("wrong version", resealed(with_bytes(codes, 2, b"\x63")), "CORRUPT_CODES"),
-        decode_case("reserved flag", resealed(with_bytes(codes, 3, b"\x80")), "CORRUPT_CODES"),
-        decode_case("wrong CRC", flipped(codes, 12), "CORRUPT_CODES"),
+        decode_case("three bytes as codes", b"S\x20\x01", "CORRUPT_CODES"),
+        decode_case("wrong magic", resealed(b"X" + codes[1:]), "CORRUPT_CODES"),
+        decode_case("version 1", b"SQ\x01" + codes[3:], "CORRUPT_CODES"),
+        decode_case("version 3", resealed(with_bytes(codes, 1, b"\x30")), "CORRUPT_CODES"),
+        decode_case("wrong full check", flipped(codes, 8), "CORRUPT_CODES"),
         decode_case("flipped payload bit", flipped(codes, len(codes) - 1), "CORRUPT_CODES"),
         decode_case("truncated codes", codes[:-1], "CORRUPT_CODES"),
         decode_case("truncated codes, resealed", resealed(codes[:-1]), "CORRUPT_CODES"),
         decode_case("index out of range", out_of_range, "CORRUPT_CODES"),
         decode_case(
             "size that its payload cannot fill",
-            resealed(with_bytes(codes, 4, (240).to_bytes(2, "little"))),
+            resealed(with_bytes(codes, 10, b"\x7f")),
             "CORRUPT_CODES",
         ),
-        decode_case(
-            "header that asks for 4 gigapixels",
-            resealed(with_bytes(codes, 4, b"\xff\xff\xff\xff")),
-            "IMAGE_TOO_LARGE",
-        ),
+        decode_case("header that asks for 4 gigapixels", resealed(wide), "IMAGE_TOO_LARGE"),
         decode_case(
             "codes of a model that is not loaded",
-            resealed(with_bytes(codes, 8, b"\x00\x01\x02\x03")),
+            resealed(with_bytes(codes, 2, b"\x00\x01\x02\x03")),
             "UNKNOWN_MODEL",
             "NOT_FOUND",
+        ),
+        decode_case("delta frame by itself", delta_codes(), "REFERENCE_MISMATCH"),
+        Case(
+            "frame cut inside its base layer",
+            pb.DecodeRequest(codes=codes[: start + 1], allow_partial=True),
+            "/v1/decode?allow_partial=true",
+            codes[: start + 1],
+            "INVALID_ARGUMENT",
+            "CORRUPT_CODES",
         ),
         Case(
             "unknown picture format",
@@ -213,10 +267,34 @@ def other_cases() -> list[Case]:
             "NOT_FOUND",
             "UNKNOWN_MODEL",
         ),
+        Case(
+            "unknown artifact wanted",
+            pb.GetModelRequest(model="labelled", artifacts=["weights.pkl"]),
+            "/v1/models/labelled?artifacts=weights.pkl",
+            b"",
+            "NOT_FOUND",
+            "UNKNOWN_ARTIFACT",
+        ),
+        Case(
+            "unknown artifact fetched",
+            pb.GetModelArtifactRequest(model="labelled", name="..%2f..%2fetc"),
+            "/v1/models/labelled/artifacts/weights.pkl",
+            b"",
+            "NOT_FOUND",
+            "UNKNOWN_ARTIFACT",
+        ),
+        Case(
+            "artifact of an unknown model",
+            pb.GetModelArtifactRequest(model="nope", name="codebook.bin"),
+            "/v1/models/nope/artifacts/codebook.bin",
+            b"",
+            "NOT_FOUND",
+            "UNKNOWN_MODEL",
+        ),
     ]
 
 
-CASES = [*encode_cases(), *decode_cases(), *recognize_cases(), *other_cases()]
+CASES = [*encode_cases(), *coding_cases(), *decode_cases(), *recognize_cases(), *other_cases()]
 
 
 async def over_grpc(address: str, request: Request) -> Failure:
@@ -227,6 +305,9 @@ async def over_grpc(address: str, request: Request) -> Failure:
             pb.DecodeRequest: stub.Decode,
             pb.RecognizeRequest: stub.Recognize,
             pb.GetModelRequest: stub.GetModel,
+            pb.GetModelArtifactRequest: lambda asked, timeout: stub.GetModelArtifact(
+                asked, timeout=timeout
+            ).read(),
         }
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await calls[type(request)](request, timeout=20)  # type: ignore[misc]

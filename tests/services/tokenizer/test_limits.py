@@ -55,7 +55,7 @@ async def test_a_grpc_deadline_stops_the_call_before_its_next_stage(blocked: Blo
             await stub.Recognize(REQUEST, timeout=0.3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await finish(ports, codec)
-    assert (codec.encode_calls, codec.recognize_calls) == (2, 0)
+    assert (codec.encode_calls, codec.label_calls) == (2, 0)
 
 
 async def test_a_cancelled_grpc_call_stops_before_its_next_stage(blocked: Blocked) -> None:
@@ -68,7 +68,7 @@ async def test_a_cancelled_grpc_call_stops_before_its_next_stage(blocked: Blocke
         with pytest.raises(asyncio.CancelledError):
             await calling
         await finish(ports, codec)
-    assert (codec.encode_calls, codec.recognize_calls) == (2, 0)
+    assert (codec.encode_calls, codec.label_calls) == (2, 0)
 
 
 async def test_an_http_timeout_header_is_a_deadline(blocked: Blocked) -> None:
@@ -82,7 +82,7 @@ async def test_an_http_timeout_header_is_a_deadline(blocked: Blocked) -> None:
     assert response.status_code == 504
     assert http_failure(response.json(), response.headers).reason == "DEADLINE_EXCEEDED"
     await finish(ports, codec)
-    assert codec.recognize_calls == 0
+    assert codec.label_calls == 0
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "soon"])
@@ -111,7 +111,7 @@ async def test_an_http_client_that_leaves_stops_its_request(blocked: Blocked) ->
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
     await finish(ports, codec)
-    assert codec.recognize_calls == 0
+    assert codec.label_calls == 0
 
 
 async def test_a_full_service_refuses_at_once_and_says_when_to_retry(blocked: Blocked) -> None:

@@ -73,7 +73,9 @@ def test_metrics_tell_bitrate_latency_and_codebook_use(service: ServiceProcess) 
     use_every_series(service)
     text = httpx.get(f"{service.http_url}/metrics").text
     samples = {
-        (sample.name, *sorted(sample.labels.items())): sample.value
+        (sample.name, *sorted(pair for pair in sample.labels.items() if pair[0] != "version")): (
+            sample.value
+        )
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -83,7 +85,8 @@ def test_metrics_tell_bitrate_latency_and_codebook_use(service: ServiceProcess) 
         ("scq_coded_bytes_total", ("direction", "in"), ("frame_type", "key"), model),
         ("scq_source_bytes_total", model),
         ("scq_source_pixels_total", model),
-        ("scq_frame_bpp_count", model),
+        ("scq_frame_bpp_count", ("frame_type", "key"), model),
+        ("scq_coded_latents_total", model, ("support", "2")),
         ("scq_frame_latency_seconds_sum", model, ("op", "encode")),
         ("scq_stage_duration_seconds_sum", model, ("stage", "encoder")),
         ("scq_codebook_perplexity", model),

@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from scq.codec import FrameCodec
 from support.process import ServiceProcess, grpc_failure
+from support.streams import StreamEnded, over_grpc, over_websocket
 from support.tokenizerd import (
     LABELLED,
     BlockingCodec,
@@ -34,39 +35,6 @@ class Exchange(Protocol):
     async def __call__(
         self, requests: Sequence[pb.StreamFramesRequest]
     ) -> list[pb.StreamFramesResponse]: ...
-
-
-class StreamEnded(Exception):
-    """The stream was ended by the server; the reason it gave."""
-
-
-async def over_grpc(
-    address: str, requests: Sequence[pb.StreamFramesRequest]
-) -> list[pb.StreamFramesResponse]:
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = tokenizer_pb2_grpc.TokenizerServiceStub(channel).StreamFrames(iter(requests))
-        try:
-            async with asyncio.timeout(20):
-                return [response async for response in call]
-        except grpc.aio.AioRpcError as error:
-            raise StreamEnded(grpc_failure(error).reason) from error
-
-
-async def over_websocket(
-    url: str, requests: Sequence[pb.StreamFramesRequest]
-) -> list[pb.StreamFramesResponse]:
-    responses: list[pb.StreamFramesResponse] = []
-    async with connect(url) as socket, asyncio.timeout(20):
-        for request in requests:
-            await socket.send(request.SerializeToString())
-        try:
-            while len(responses) < len(requests):
-                message = await socket.recv(decode=False)
-                responses.append(pb.StreamFramesResponse.FromString(message))
-        except ConnectionClosed as error:
-            reason = error.rcvd.reason if error.rcvd else ""
-            raise StreamEnded(reason.partition(":")[0]) from error
-    return responses
 
 
 @pytest.fixture(params=["grpc", "websocket"])
@@ -208,12 +176,12 @@ async def test_stale_frames_are_dropped_and_counted(
     channel = grpc.aio.insecure_channel(f"{ports.host}:{ports.grpc}")
     async with channel, asyncio.timeout(20):
         call = tokenizer_pb2_grpc.TokenizerServiceStub(channel).StreamFrames()
-        await call.write(config(ENCODE, max_age_ms=50))
+        await call.write(config(ENCODE, max_age_ms=300))
         await call.read()
         for seq in range(7):
             await call.write(image_frame(seq, image_file()))
         await asyncio.to_thread(codec.entered.wait, 10)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.4)
         codec.release.set()
         first = await call.read()
         assert isinstance(first, pb.StreamFramesResponse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc.aio
 import httpx
@@ -13,7 +14,7 @@ from google.protobuf.json_format import ParseDict
 from PIL import Image
 
 from scq.codec import FrameCodec
-from scq.model import ScqAutoencoder
+from scq.model import ScqAutoencoder, load_model, save_model
 from support.process import ServiceProcess
 from support.tokenizerd import LABELLED, image_file, picture, tiny_model
 from vqstack.tokenizer.v1 import tokenizer_pb2 as pb
@@ -28,10 +29,12 @@ async def stub(
         yield tokenizer_pb2_grpc.TokenizerServiceStub(channel)
 
 
-def test_rest_encode_returns_the_codes_that_the_engine_makes(service: ServiceProcess) -> None:
+def test_rest_encode_returns_the_codes_that_the_engine_makes(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
     source = image_file()
     response = httpx.post(f"{service.http_url}/v1/encode?model=labelled", content=source)
-    codec = FrameCodec(tiny_model_as_stored())
+    codec = FrameCodec(tiny_model_as_stored(tmp_path))
     assert response.content == codec.encode(picture()).codes
     assert response.headers["x-vqstack-model"] == "labelled"
     assert response.headers["x-vqstack-width"] == "48"
@@ -41,10 +44,11 @@ def test_rest_encode_returns_the_codes_that_the_engine_makes(service: ServicePro
     assert "encoder;dur=" in response.headers["server-timing"]
 
 
-def tiny_model_as_stored() -> ScqAutoencoder:
-    """The served model: its weights went through float16."""
-    model = tiny_model(LABELLED)
-    return model.half().float()
+def tiny_model_as_stored(folder: Path) -> ScqAutoencoder:
+    """The served model: its weights went through float16, its codebook through int16."""
+    path = folder / "stored.safetensors"
+    save_model(tiny_model(LABELLED), path)
+    return load_model(path)
 
 
 async def test_both_protocols_encode_alike(
@@ -122,7 +126,9 @@ async def test_recognizing_an_image_is_recognizing_its_codes(
 
 
 async def test_models_are_listed_and_described_alike(
-    service: ServiceProcess, stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub
+    service: ServiceProcess,
+    stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub,
+    tmp_path: Path,
 ) -> None:
     by_grpc = await stub.ListModels(pb.ListModelsRequest())
     by_http = ParseDict(httpx.get(f"{service.http_url}/v1/models").json(), pb.ListModelsResponse())
@@ -134,9 +140,10 @@ async def test_models_are_listed_and_described_alike(
     rest = httpx.get(f"{service.http_url}/v1/models/labelled").json()
     assert described == by_hash == ParseDict(rest, pb.GetModelResponse())
     codebook = np.frombuffer(described.codebook, "<f4").reshape(32, 16)
-    np.testing.assert_array_equal(
-        codebook, tiny_model_as_stored().quantizer.codebook.detach().numpy()
-    )
+    stored = tiny_model_as_stored(tmp_path)
+    np.testing.assert_array_equal(codebook, stored.quantizer.codebook.detach().numpy())
+    assert described.model.codebook_exponent == stored.codebook_int16()[1]
+    assert described.model.has_entropy_tables
     assert list(described.model.classes) == list(LABELLED.classes)
 
 

@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from scq.codec import EncodedFrame, FrameCodec, Label
-from scq.images import Pixels
+from scq.bitstream.header import sealed
+from scq.codec import CodedPicture, FrameCodec, Label
+from scq.images import Pixels, Placement
 from scq.model import ModelConfig, ScqAutoencoder, save_model
+from support.lattices import random_tables
 from vqserve.tokenizer.codecs import ServedModel
 from vqserve.tokenizer.loading import serve
+from vqserve.tokenizer.pictures import write_image
 
 LABELLED = ModelConfig(
     "labelled",
@@ -37,12 +41,15 @@ NAN = replace(PLAIN, name="nan")
 
 
 def tiny_model(config: ModelConfig) -> ScqAutoencoder:
-    """An untrained model, always the same; the one called "nan" encodes everything to NaN."""
+    """An untrained model, always the same. "labelled" has entropy tables, which fit nothing it
+    codes; the one called "nan" encodes everything to NaN."""
     torch.manual_seed(0)
     model = ScqAutoencoder(config).eval().requires_grad_(False)
     if config.name == NAN.name:
         for parameter in model.encoder.parameters():
             parameter.fill_(float("nan"))
+    if config.name == LABELLED.name:
+        model.entropy_tensors = random_tables(config.lattice).to_tensors()
     return model
 
 
@@ -72,6 +79,11 @@ def image_file(image_format: str = "PNG", width: int = 48, height: int = 32) -> 
     return buffer.getvalue()
 
 
+def image_bytes(pixels: Pixels) -> bytes:
+    """The PNG file that the service makes of a picture."""
+    return write_image(pixels, "png")
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header claims a size that its few bytes of data do not have."""
     chunks = [
@@ -86,41 +98,37 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def resealed(codes: bytes) -> bytes:
-    """The frame with a checksum that fits what is in it now."""
-    checksum = zlib.crc32(codes[16:], zlib.crc32(codes[:12]))
-    return codes[:12] + checksum.to_bytes(4, "little") + codes[16:]
+def resealed(codes: bytes, base_end: int | None = None) -> bytes:
+    """The frame with checks that fit what is in it now; its base layer ends at `base_end`, or is
+    all of it."""
+    return sealed(codes, min(base_end or len(codes), len(codes)))
 
 
-class BlockingCodec:
-    """A codec whose encode waits until it is told to go on, and that counts its calls."""
+class BlockingCodec(FrameCodec):
+    """A codec whose encoder waits until it is told to go on, and that counts its calls."""
 
-    def __init__(self, codec: FrameCodec) -> None:
-        self._codec = codec
+    def __init__(self, model: ScqAutoencoder, max_pixels: int) -> None:
+        super().__init__(model, max_pixels=max_pixels)
         self.entered = threading.Event()
         self.release = threading.Event()
         self.encode_calls = 0
-        self.recognize_calls = 0
+        self.label_calls = 0
 
-    def encode(self, image: Pixels) -> EncodedFrame:
+    def analyse(self, image: Pixels) -> tuple[Tensor, Placement, list[float]]:
         """Wait for `release`, then encode."""
         self.encode_calls += 1
         self.entered.set()
         self.release.wait(30)
-        return self._codec.encode(image)
+        return super().analyse(image)
 
-    def decode(self, codes: bytes) -> Pixels:
-        """Decode at once."""
-        return self._codec.decode(codes)
-
-    def recognize(self, codes: bytes) -> list[Label]:
+    def label(self, picture: CodedPicture) -> list[Label]:
         """Label at once."""
-        self.recognize_calls += 1
-        return self._codec.recognize(codes)
+        self.label_calls += 1
+        return super().label(picture)
 
 
 def blocking_model(max_image_pixels: int) -> tuple[ServedModel, BlockingCodec]:
     """The labelled model behind a BlockingCodec."""
     model = tiny_model(LABELLED)
-    codec = BlockingCodec(FrameCodec(model, max_pixels=max_image_pixels))
+    codec = BlockingCodec(model, max_image_pixels)
     return replace(serve(model, max_image_pixels), codec=codec), codec

@@ -78,6 +78,54 @@ MODEL_KIND_CROP: ModelKind.ValueType  # 2
 """Object crops, scaled to one fixed size."""
 Global___ModelKind: _TypeAlias = ModelKind  # noqa: Y015
 
+class _EntropyMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EntropyModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntropyMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENTROPY_MODE_UNSPECIFIED: _EntropyMode.ValueType  # 0
+    """The smaller of the modes that the model allows."""
+    ENTROPY_MODE_RAW: _EntropyMode.ValueType  # 1
+    """Combinatorial ranks: a size that depends on the picture's size only; no tables needed."""
+    ENTROPY_MODE_RANS: _EntropyMode.ValueType  # 2
+    """rANS with the model's entropy tables."""
+
+class EntropyMode(_EntropyMode, metaclass=_EntropyModeEnumTypeWrapper):
+    """EntropyMode is how lattice codes become bytes."""
+
+ENTROPY_MODE_UNSPECIFIED: EntropyMode.ValueType  # 0
+"""The smaller of the modes that the model allows."""
+ENTROPY_MODE_RAW: EntropyMode.ValueType  # 1
+"""Combinatorial ranks: a size that depends on the picture's size only; no tables needed."""
+ENTROPY_MODE_RANS: EntropyMode.ValueType  # 2
+"""rANS with the model's entropy tables."""
+Global___EntropyMode: _TypeAlias = EntropyMode  # noqa: Y015
+
+class _FrameType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FrameTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FrameType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FRAME_TYPE_UNSPECIFIED: _FrameType.ValueType  # 0
+    """Not known: no codes in the message, or a server that made key frames only."""
+    FRAME_TYPE_KEY: _FrameType.ValueType  # 1
+    """Stands alone."""
+    FRAME_TYPE_DELTA: _FrameType.ValueType  # 2
+    """Changes to the frame before it."""
+
+class FrameType(_FrameType, metaclass=_FrameTypeEnumTypeWrapper):
+    """FrameType is what a coded frame needs to be decoded."""
+
+FRAME_TYPE_UNSPECIFIED: FrameType.ValueType  # 0
+"""Not known: no codes in the message, or a server that made key frames only."""
+FRAME_TYPE_KEY: FrameType.ValueType  # 1
+"""Stands alone."""
+FRAME_TYPE_DELTA: FrameType.ValueType  # 2
+"""Changes to the frame before it."""
+Global___FrameType: _TypeAlias = FrameType  # noqa: Y015
+
 class _StreamOperation:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -105,6 +153,38 @@ STREAM_OPERATION_DECODE: StreamOperation.ValueType  # 2
 STREAM_OPERATION_RECOGNIZE: StreamOperation.ValueType  # 3
 """Images or codes in, labels out."""
 Global___StreamOperation: _TypeAlias = StreamOperation  # noqa: Y015
+
+@_typing.final
+class CodingOptions(_message.Message):
+    """CodingOptions is how pictures become codes; the defaults suit single pictures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTROPY_FIELD_NUMBER: _builtins.int
+    TILE_SIDE_FIELD_NUMBER: _builtins.int
+    RATE_WEIGHT_FIELD_NUMBER: _builtins.int
+    entropy: Global___EntropyMode.ValueType
+    """Entropy coder; the smaller one when unspecified. Streams coded RAW have key frames only."""
+    tile_side: _builtins.int
+    """Side of a tile that can be decoded by itself, 1 to 255 latents; one tile when 0."""
+    rate_weight: _builtins.float
+    """Squared latent error that one bit is worth, a finite number of at least 0. 0 chooses the
+    nearest code; more spends fewer bytes on a worse picture.
+    """
+    def __init__(
+        self,
+        *,
+        entropy: Global___EntropyMode.ValueType = ...,
+        tile_side: _builtins.int = ...,
+        rate_weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "rate_weight", b"rate_weight", "tile_side", b"tile_side"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CodingOptions: _TypeAlias = CodingOptions  # noqa: Y015
 
 @_typing.final
 class StageTiming(_message.Message):
@@ -170,19 +250,25 @@ class EncodeRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    CODING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name, for example "nav"."""
     image: _builtins.bytes
     """Image file (JPEG, PNG or WebP), in bytes."""
+    @_builtins.property
+    def coding(self) -> Global___CodingOptions:
+        """How to code it."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         image: _builtins.bytes = ...,
+        coding: Global___CodingOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coding", b"coding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coding", b"coding", "image", b"image", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -201,6 +287,8 @@ class EncodeResponse(_message.Message):
     BPP_FIELD_NUMBER: _builtins.int
     SOURCE_BYTES_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    FRAME_TYPE_FIELD_NUMBER: _builtins.int
+    BASE_BYTES_FIELD_NUMBER: _builtins.int
     codes: _builtins.bytes
     """SCQ1 frame: header, checksum and packed lattice codes."""
     model: _builtins.str
@@ -213,6 +301,10 @@ class EncodeResponse(_message.Message):
     """Measured bits per pixel of the original: 8 * len(codes) / (width * height)."""
     source_bytes: _builtins.int
     """Size of the request's image file, in bytes."""
+    frame_type: Global___FrameType.ValueType
+    """Always a key frame."""
+    base_bytes: _builtins.int
+    """Size of the shortest prefix of the codes that decodes with allow_partial, in bytes."""
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
         """Time by stage, in seconds."""
@@ -227,10 +319,12 @@ class EncodeResponse(_message.Message):
         bpp: _builtins.float = ...,
         source_bytes: _builtins.int = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        frame_type: Global___FrameType.ValueType = ...,
+        base_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bpp", b"bpp", "codes", b"codes", "height", b"height", "model", b"model", "source_bytes", b"source_bytes", "timings", b"timings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_bytes", b"base_bytes", "bpp", b"bpp", "codes", b"codes", "frame_type", b"frame_type", "height", b"height", "model", b"model", "source_bytes", b"source_bytes", "timings", b"timings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,19 +338,23 @@ class DecodeRequest(_message.Message):
 
     CODES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     codes: _builtins.bytes
     """SCQ1 frame as made by Encode."""
     format: Global___ImageFormat.ValueType
     """File format wanted; PNG when unspecified."""
+    allow_partial: _builtins.bool
+    """Decode a frame that was cut after its base layer to the base layer's picture."""
     def __init__(
         self,
         *,
         codes: _builtins.bytes = ...,
         format: Global___ImageFormat.ValueType = ...,
+        allow_partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "format", b"format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_partial", b"allow_partial", "codes", b"codes", "format", b"format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +372,7 @@ class DecodeResponse(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
     image: _builtins.bytes
     """Image file of the original's size, in bytes."""
     format: Global___ImageFormat.ValueType
@@ -284,6 +383,8 @@ class DecodeResponse(_message.Message):
     """Width in pixels."""
     height: _builtins.int
     """Height in pixels."""
+    complete: _builtins.bool
+    """Whether all of the frame was there; false only with allow_partial."""
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
         """Time by stage, in seconds."""
@@ -297,10 +398,11 @@ class DecodeResponse(_message.Message):
         width: _builtins.int = ...,
         height: _builtins.int = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "height", b"height", "image", b"image", "model", b"model", "timings", b"timings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "format", b"format", "height", b"height", "image", b"image", "model", b"model", "timings", b"timings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,6 +418,7 @@ class RecognizeRequest(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     codes: _builtins.bytes
     """SCQ1 frame; the model is named by its header."""
     image: _builtins.bytes
@@ -324,6 +427,8 @@ class RecognizeRequest(_message.Message):
     """Model name; needed with an image, must be empty or agree with codes."""
     top_k: _builtins.int
     """Number of labels wanted, 1 to 100; 5 when 0."""
+    allow_partial: _builtins.bool
+    """Label a frame that was cut after its base layer by its base layer."""
     def __init__(
         self,
         *,
@@ -331,10 +436,11 @@ class RecognizeRequest(_message.Message):
         image: _builtins.bytes = ...,
         model: _builtins.str = ...,
         top_k: _builtins.int = ...,
+        allow_partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "image", b"image", "input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "image", b"image", "input", b"input", "model", b"model", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_partial", b"allow_partial", "codes", b"codes", "image", b"image", "input", b"input", "model", b"model", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["codes", "image"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -352,10 +458,13 @@ class RecognizeResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CODED_BYTES_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model that recognised."""
     coded_bytes: _builtins.int
     """Size of the codes that were recognised, in bytes."""
+    complete: _builtins.bool
+    """Whether all of the frame was there; false only with allow_partial."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
         """Labels in descending order of score."""
@@ -371,10 +480,11 @@ class RecognizeResponse(_message.Message):
         model: _builtins.str = ...,
         coded_bytes: _builtins.int = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coded_bytes", b"coded_bytes", "labels", b"labels", "model", b"model", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coded_bytes", b"coded_bytes", "complete", b"complete", "labels", b"labels", "model", b"model", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,6 +501,10 @@ class StreamConfig(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     MAX_AGE_MS_FIELD_NUMBER: _builtins.int
+    MODEL_HASH_FIELD_NUMBER: _builtins.int
+    CODING_FIELD_NUMBER: _builtins.int
+    KEYFRAME_INTERVAL_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; needed when images are sent."""
     operation: Global___StreamOperation.ValueType
@@ -403,6 +517,18 @@ class StreamConfig(_message.Message):
     """Frames older than this when their turn comes are dropped, in milliseconds since the
     server received them; 0 never drops.
     """
+    model_hash: _builtins.str
+    """Hash of the model that the client holds (at least 8 hexadecimal digits); the stream is
+    refused when the server's model is another one. Needs a model name. Empty: not checked.
+    """
+    keyframe_interval: _builtins.int
+    """Frames from one key frame to the next; 1 sends key frames only, 0 leaves it to the server."""
+    allow_partial: _builtins.bool
+    """Decode frames that were cut after their base layer."""
+    @_builtins.property
+    def coding(self) -> Global___CodingOptions:
+        """How pictures are coded."""
+
     def __init__(
         self,
         *,
@@ -411,10 +537,14 @@ class StreamConfig(_message.Message):
         format: Global___ImageFormat.ValueType = ...,
         top_k: _builtins.int = ...,
         max_age_ms: _builtins.int = ...,
+        model_hash: _builtins.str = ...,
+        coding: Global___CodingOptions | None = ...,
+        keyframe_interval: _builtins.int = ...,
+        allow_partial: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["coding", b"coding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "max_age_ms", b"max_age_ms", "model", b"model", "operation", b"operation", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_partial", b"allow_partial", "coding", b"coding", "format", b"format", "keyframe_interval", b"keyframe_interval", "max_age_ms", b"max_age_ms", "model", b"model", "model_hash", b"model_hash", "operation", b"operation", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,6 +560,7 @@ class StreamFrame(_message.Message):
     CAPTURE_NS_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     CODES_FIELD_NUMBER: _builtins.int
+    REQUEST_KEYFRAME_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Sequence number chosen by the client, echoed in the result."""
     capture_ns: _builtins.int
@@ -438,6 +569,8 @@ class StreamFrame(_message.Message):
     """Image file (JPEG, PNG or WebP)."""
     codes: _builtins.bytes
     """SCQ1 frame."""
+    request_keyframe: _builtins.bool
+    """Code this picture as a key frame: the receiver of the codes has lost the frame before it."""
     def __init__(
         self,
         *,
@@ -445,10 +578,11 @@ class StreamFrame(_message.Message):
         capture_ns: _builtins.int = ...,
         image: _builtins.bytes = ...,
         codes: _builtins.bytes = ...,
+        request_keyframe: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "image", b"image", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_ns", b"capture_ns", "codes", b"codes", "image", b"image", "payload", b"payload", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_ns", b"capture_ns", "codes", b"codes", "image", b"image", "payload", b"payload", "request_keyframe", b"request_keyframe", "seq", b"seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["image", "codes"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
@@ -496,8 +630,13 @@ class StreamReady(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     MAX_PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    KEYFRAME_INTERVAL_FIELD_NUMBER: _builtins.int
     max_payload_bytes: _builtins.int
     """Largest image or codes payload accepted, in bytes."""
+    keyframe_interval: _builtins.int
+    """Frames from one key frame to the next that the stream will have; 1 when its frames are
+    all key frames.
+    """
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The model that the stream is pinned to; empty for a decode stream without one."""
@@ -507,10 +646,11 @@ class StreamReady(_message.Message):
         *,
         model: Global___ModelInfo | None = ...,
         max_payload_bytes: _builtins.int = ...,
+        keyframe_interval: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_payload_bytes", b"max_payload_bytes", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keyframe_interval", b"keyframe_interval", "max_payload_bytes", b"max_payload_bytes", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -561,6 +701,10 @@ class FrameResult(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     DROPPED_BEFORE_FIELD_NUMBER: _builtins.int
+    FRAME_TYPE_FIELD_NUMBER: _builtins.int
+    KEYFRAME_NEEDED_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    BASE_BYTES_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Sequence number of the frame."""
     capture_ns: _builtins.int
@@ -573,6 +717,16 @@ class FrameResult(_message.Message):
     """Measured bits per pixel of the original."""
     dropped_before: _builtins.int
     """Frames dropped as too old since the previous result."""
+    frame_type: Global___FrameType.ValueType
+    """Type of the codes that were made or received; unspecified when there were none."""
+    keyframe_needed: _builtins.bool
+    """The following delta frames of this stream cannot be decoded: the frame they refer to was
+    never decoded in full. The next key frame heals the stream; ask its encoder for one.
+    """
+    complete: _builtins.bool
+    """Whether all of the frame was there; false for failed frames and with allow_partial."""
+    base_bytes: _builtins.int
+    """Size of the codes' shortest prefix that decodes with allow_partial, in bytes; set with codes."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
         """Labels, most probable first (recognize streams)."""
@@ -597,10 +751,14 @@ class FrameResult(_message.Message):
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
         error: Global___FrameError | None = ...,
         dropped_before: _builtins.int = ...,
+        frame_type: Global___FrameType.ValueType = ...,
+        keyframe_needed: _builtins.bool = ...,
+        complete: _builtins.bool = ...,
+        base_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bpp", b"bpp", "capture_ns", b"capture_ns", "codes", b"codes", "dropped_before", b"dropped_before", "error", b"error", "image", b"image", "labels", b"labels", "seq", b"seq", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_bytes", b"base_bytes", "bpp", b"bpp", "capture_ns", b"capture_ns", "codes", b"codes", "complete", b"complete", "dropped_before", b"dropped_before", "error", b"error", "frame_type", b"frame_type", "image", b"image", "keyframe_needed", b"keyframe_needed", "labels", b"labels", "seq", b"seq", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -656,6 +814,8 @@ class ModelInfo(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     MAX_WIDTH_FIELD_NUMBER: _builtins.int
     MAX_HEIGHT_FIELD_NUMBER: _builtins.int
+    CODEBOOK_EXPONENT_FIELD_NUMBER: _builtins.int
+    HAS_ENTROPY_TABLES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use."""
     model_hash: _builtins.str
@@ -678,6 +838,10 @@ class ModelInfo(_message.Message):
     """Width of the largest canvas; wider frames are scaled down, in pixels."""
     max_height: _builtins.int
     """Height of the largest canvas; taller frames are scaled down, in pixels."""
+    codebook_exponent: _builtins.int
+    """The codebook is stored as 16-bit integers q; its values are q * 2^-codebook_exponent, exactly."""
+    has_entropy_tables: _builtins.bool
+    """Whether the model has entropy tables; without them its codes are RAW key frames."""
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Classes of the recognition head; empty when there is none."""
@@ -697,14 +861,54 @@ class ModelInfo(_message.Message):
         classes: _abc.Iterable[_builtins.str] | None = ...,
         max_width: _builtins.int = ...,
         max_height: _builtins.int = ...,
+        codebook_exponent: _builtins.int = ...,
+        has_entropy_tables: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits_per_latent", b"bits_per_latent", "classes", b"classes", "code_dim", b"code_dim", "denominator", b"denominator", "kind", b"kind", "max_height", b"max_height", "max_support", b"max_support", "max_width", b"max_width", "model_hash", b"model_hash", "name", b"name", "num_codes", b"num_codes", "stride", b"stride"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits_per_latent", b"bits_per_latent", "classes", b"classes", "code_dim", b"code_dim", "codebook_exponent", b"codebook_exponent", "denominator", b"denominator", "has_entropy_tables", b"has_entropy_tables", "kind", b"kind", "max_height", b"max_height", "max_support", b"max_support", "max_width", b"max_width", "model_hash", b"model_hash", "name", b"name", "num_codes", b"num_codes", "stride", b"stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
+
+@_typing.final
+class Artifact(_message.Message):
+    """Artifact is one file that a device needs to work with a model by itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, for example "encoder.onnx"."""
+    media_type: _builtins.str
+    """Media type, for example "application/octet-stream"."""
+    size_bytes: _builtins.int
+    """Size of the file, in bytes."""
+    sha256: _builtins.str
+    """SHA-256 of the file, in hexadecimal."""
+    data: _builtins.bytes
+    """The file; empty unless GetModel was asked for it by name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "media_type", b"media_type", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Artifact: _TypeAlias = Artifact  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -754,16 +958,22 @@ class GetModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name, or its hash (at least 8 hexadecimal digits)."""
+    @_builtins.property
+    def artifacts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the artifacts whose files are wanted in the answer, 3 MiB together at most."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        artifacts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -777,22 +987,90 @@ class GetModelResponse(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     CODEBOOK_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
     codebook: _builtins.bytes
-    """Codebook: num_codes rows of code_dim float32 values, little-endian, row-major."""
+    """Codebook: num_codes rows of code_dim float32 values, little-endian, row-major. Empty when
+    it has more than 512 KiB: then the artifact "codebook.bin" is half the size and as exact.
+    """
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """Description."""
+
+    @_builtins.property
+    def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
+        """Files of the model in alphabetical order: its integer codebook ("codebook.bin"), its entropy
+        tables ("tables.safetensors") and those of its export bundle, if the server has them.
+        """
 
     def __init__(
         self,
         *,
         model: Global___ModelInfo | None = ...,
         codebook: _builtins.bytes = ...,
+        artifacts: _abc.Iterable[Global___Artifact] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codebook", b"codebook", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "codebook", b"codebook", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class GetModelArtifactRequest(_message.Message):
+    """GetModelArtifactRequest asks for one file of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model name, or its hash (at least 8 hexadecimal digits), which pins the version."""
+    name: _builtins.str
+    """Name of the artifact as GetModel lists it."""
+    offset: _builtins.int
+    """Where to start, in bytes; for resuming a download."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelArtifactRequest: _TypeAlias = GetModelArtifactRequest  # noqa: Y015
+
+@_typing.final
+class GetModelArtifactResponse(_message.Message):
+    """GetModelArtifactResponse is one chunk of a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of the file."""
+    @_builtins.property
+    def artifact(self) -> Global___Artifact:
+        """The file's name, type, size and hash, without data; in the first message only."""
+
+    def __init__(
+        self,
+        *,
+        artifact: Global___Artifact | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelArtifactResponse: _TypeAlias = GetModelArtifactResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class TokenizerServiceStub:
                 request_serializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.GetModelArtifact = channel.unary_stream(
+                '/vqstack.tokenizer.v1.TokenizerService/GetModelArtifact',
+                request_serializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelArtifactRequest.SerializeToString,
+                response_deserializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelArtifactResponse.FromString,
+                _registered_method=True)
 
 
 class TokenizerServiceServicer:
@@ -73,7 +78,8 @@ class TokenizerServiceServicer:
 
     def Encode(self, request, context):
         """Encode turns one image file into SCQ1 codes. REST: POST /v1/encode.
-        INVALID_ARGUMENT: undecodable, empty or oversized image. NOT_FOUND: unknown model.
+        INVALID_ARGUMENT: undecodable, empty or oversized image, or impossible coding options.
+        NOT_FOUND: unknown model. FAILED_PRECONDITION: rANS from a model without entropy tables.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,7 +87,8 @@ class TokenizerServiceServicer:
 
     def Decode(self, request, context):
         """Decode turns SCQ1 codes into an image file of the original size. REST: POST /v1/decode.
-        INVALID_ARGUMENT: corrupt codes. NOT_FOUND: codes made by a model that is not loaded.
+        INVALID_ARGUMENT: corrupt or truncated codes, or a delta frame, which only a stream can
+        decode. NOT_FOUND: codes made by a model that is not loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +107,9 @@ class TokenizerServiceServicer:
         carries the configuration, every later one a frame; each frame is answered by one
         result that echoes its seq and capture_ns. An error of one frame is reported in its
         result and does not end the stream. WebSocket twin: /v1/stream (the same messages).
+        Codes come as key frames, which stand alone, and delta frames, which need the frame
+        before them; a stream therefore keeps to the codebook of one model.
+        FAILED_PRECONDITION: the client holds another model_hash than the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +123,18 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """GetModel returns one model with its codebook. REST: GET /v1/models/{model}.
+        """GetModel returns one model with its codebook, and lists the files that a device needs
+        to make or read codes by itself. REST: GET /v1/models/{model}.
+        NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: more artifacts than one answer holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelArtifact(self, request, context):
+        """GetModelArtifact streams one file of a model in chunks.
+        REST: GET /v1/models/{model}/artifacts/{name}, with the SHA-256 as ETag.
+        NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: an offset beyond the file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,6 +172,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelRequest.FromString,
                     response_serializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetModelArtifact': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetModelArtifact,
+                    request_deserializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelArtifactRequest.FromString,
+                    response_serializer=vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelArtifactResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -316,6 +342,33 @@ class TokenizerService:
             '/vqstack.tokenizer.v1.TokenizerService/GetModel',
             vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelRequest.SerializeToString,
             vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vqstack.tokenizer.v1.TokenizerService/GetModelArtifact',
+            vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelArtifactRequest.SerializeToString,
+            vqstack_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetModelArtifactResponse.FromString,
             options,
             channel_credentials,
             insecure,

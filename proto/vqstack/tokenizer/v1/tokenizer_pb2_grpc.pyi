@@ -42,11 +42,13 @@ class TokenizerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TokenizerServiceAsyncStub: ...
     Encode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeRequest, _tokenizer_pb2.EncodeResponse]
     """Encode turns one image file into SCQ1 codes. REST: POST /v1/encode.
-    INVALID_ARGUMENT: undecodable, empty or oversized image. NOT_FOUND: unknown model.
+    INVALID_ARGUMENT: undecodable, empty or oversized image, or impossible coding options.
+    NOT_FOUND: unknown model. FAILED_PRECONDITION: rANS from a model without entropy tables.
     """
     Decode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]
     """Decode turns SCQ1 codes into an image file of the original size. REST: POST /v1/decode.
-    INVALID_ARGUMENT: corrupt codes. NOT_FOUND: codes made by a model that is not loaded.
+    INVALID_ARGUMENT: corrupt or truncated codes, or a delta frame, which only a stream can
+    decode. NOT_FOUND: codes made by a model that is not loaded.
     """
     Recognize: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.RecognizeRequest, _tokenizer_pb2.RecognizeResponse]
     """Recognize labels codes or an image. REST: POST /v1/recognize.
@@ -57,11 +59,22 @@ class TokenizerServiceStub:
     carries the configuration, every later one a frame; each frame is answered by one
     result that echoes its seq and capture_ns. An error of one frame is reported in its
     result and does not end the stream. WebSocket twin: /v1/stream (the same messages).
+    Codes come as key frames, which stand alone, and delta frames, which need the frame
+    before them; a stream therefore keeps to the codebook of one model.
+    FAILED_PRECONDITION: the client holds another model_hash than the server.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.ListModelsRequest, _tokenizer_pb2.ListModelsResponse]
     """ListModels lists the models that this server has loaded. REST: GET /v1/models."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.GetModelRequest, _tokenizer_pb2.GetModelResponse]
-    """GetModel returns one model with its codebook. REST: GET /v1/models/{model}."""
+    """GetModel returns one model with its codebook, and lists the files that a device needs
+    to make or read codes by itself. REST: GET /v1/models/{model}.
+    NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: more artifacts than one answer holds.
+    """
+    GetModelArtifact: _grpc.UnaryStreamMultiCallable[_tokenizer_pb2.GetModelArtifactRequest, _tokenizer_pb2.GetModelArtifactResponse]
+    """GetModelArtifact streams one file of a model in chunks.
+    REST: GET /v1/models/{model}/artifacts/{name}, with the SHA-256 as ETag.
+    NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: an offset beyond the file.
+    """
 
 @_typing.type_check_only
 class TokenizerServiceAsyncStub(TokenizerServiceStub):
@@ -70,11 +83,13 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Encode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeRequest, _tokenizer_pb2.EncodeResponse]  # type: ignore[assignment]
     """Encode turns one image file into SCQ1 codes. REST: POST /v1/encode.
-    INVALID_ARGUMENT: undecodable, empty or oversized image. NOT_FOUND: unknown model.
+    INVALID_ARGUMENT: undecodable, empty or oversized image, or impossible coding options.
+    NOT_FOUND: unknown model. FAILED_PRECONDITION: rANS from a model without entropy tables.
     """
     Decode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]  # type: ignore[assignment]
     """Decode turns SCQ1 codes into an image file of the original size. REST: POST /v1/decode.
-    INVALID_ARGUMENT: corrupt codes. NOT_FOUND: codes made by a model that is not loaded.
+    INVALID_ARGUMENT: corrupt or truncated codes, or a delta frame, which only a stream can
+    decode. NOT_FOUND: codes made by a model that is not loaded.
     """
     Recognize: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.RecognizeRequest, _tokenizer_pb2.RecognizeResponse]  # type: ignore[assignment]
     """Recognize labels codes or an image. REST: POST /v1/recognize.
@@ -85,11 +100,22 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     carries the configuration, every later one a frame; each frame is answered by one
     result that echoes its seq and capture_ns. An error of one frame is reported in its
     result and does not end the stream. WebSocket twin: /v1/stream (the same messages).
+    Codes come as key frames, which stand alone, and delta frames, which need the frame
+    before them; a stream therefore keeps to the codebook of one model.
+    FAILED_PRECONDITION: the client holds another model_hash than the server.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.ListModelsRequest, _tokenizer_pb2.ListModelsResponse]  # type: ignore[assignment]
     """ListModels lists the models that this server has loaded. REST: GET /v1/models."""
     GetModel: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.GetModelRequest, _tokenizer_pb2.GetModelResponse]  # type: ignore[assignment]
-    """GetModel returns one model with its codebook. REST: GET /v1/models/{model}."""
+    """GetModel returns one model with its codebook, and lists the files that a device needs
+    to make or read codes by itself. REST: GET /v1/models/{model}.
+    NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: more artifacts than one answer holds.
+    """
+    GetModelArtifact: _aio.UnaryStreamMultiCallable[_tokenizer_pb2.GetModelArtifactRequest, _tokenizer_pb2.GetModelArtifactResponse]  # type: ignore[assignment]
+    """GetModelArtifact streams one file of a model in chunks.
+    REST: GET /v1/models/{model}/artifacts/{name}, with the SHA-256 as ETag.
+    NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: an offset beyond the file.
+    """
 
 class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
     """TokenizerService turns frames into codes, codes into frames, and either into labels."""
@@ -101,7 +127,8 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.EncodeResponse, _abc.Awaitable[_tokenizer_pb2.EncodeResponse]]:
         """Encode turns one image file into SCQ1 codes. REST: POST /v1/encode.
-        INVALID_ARGUMENT: undecodable, empty or oversized image. NOT_FOUND: unknown model.
+        INVALID_ARGUMENT: undecodable, empty or oversized image, or impossible coding options.
+        NOT_FOUND: unknown model. FAILED_PRECONDITION: rANS from a model without entropy tables.
         """
 
     @_abc_1.abstractmethod
@@ -111,7 +138,8 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.DecodeResponse, _abc.Awaitable[_tokenizer_pb2.DecodeResponse]]:
         """Decode turns SCQ1 codes into an image file of the original size. REST: POST /v1/decode.
-        INVALID_ARGUMENT: corrupt codes. NOT_FOUND: codes made by a model that is not loaded.
+        INVALID_ARGUMENT: corrupt or truncated codes, or a delta frame, which only a stream can
+        decode. NOT_FOUND: codes made by a model that is not loaded.
         """
 
     @_abc_1.abstractmethod
@@ -134,6 +162,9 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         carries the configuration, every later one a frame; each frame is answered by one
         result that echoes its seq and capture_ns. An error of one frame is reported in its
         result and does not end the stream. WebSocket twin: /v1/stream (the same messages).
+        Codes come as key frames, which stand alone, and delta frames, which need the frame
+        before them; a stream therefore keeps to the codebook of one model.
+        FAILED_PRECONDITION: the client holds another model_hash than the server.
         """
 
     @_abc_1.abstractmethod
@@ -150,6 +181,20 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tokenizer_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.GetModelResponse, _abc.Awaitable[_tokenizer_pb2.GetModelResponse]]:
-        """GetModel returns one model with its codebook. REST: GET /v1/models/{model}."""
+        """GetModel returns one model with its codebook, and lists the files that a device needs
+        to make or read codes by itself. REST: GET /v1/models/{model}.
+        NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: more artifacts than one answer holds.
+        """
+
+    @_abc_1.abstractmethod
+    def GetModelArtifact(
+        self,
+        request: _tokenizer_pb2.GetModelArtifactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tokenizer_pb2.GetModelArtifactResponse], _abc.AsyncIterator[_tokenizer_pb2.GetModelArtifactResponse]]:
+        """GetModelArtifact streams one file of a model in chunks.
+        REST: GET /v1/models/{model}/artifacts/{name}, with the SHA-256 as ETag.
+        NOT_FOUND: unknown model or artifact. INVALID_ARGUMENT: an offset beyond the file.
+        """
 
 def add_TokenizerServiceServicer_to_server(servicer: TokenizerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
