@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 
+from support.forkserver import ForkedProcess, start_module
 from vqserve.common.errors import STATUS_DETAILS_KEY
 from vqserve.common.lifecycle import Ports
 
@@ -29,7 +29,7 @@ class ServiceDidNotStart(RuntimeError):
 class ServiceProcess:
     """A running service: its process, its ports and the file that its log goes to."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkedProcess
     ports: Ports
     log: Path
 
@@ -54,13 +54,13 @@ def service_process(
 ) -> Iterator[ServiceProcess]:
     """`python -m module` on free ports, ready to serve; stopped on the way out.
 
-    `folder` receives ports.json and service.log.
+    The process is forked from one that has torch imported. `folder` receives ports.json and
+    service.log.
     """
     ports_file, log = folder / "ports.json", folder / "service.log"
     ports_file.unlink(missing_ok=True)
     listeners = ["--grpc-port", "0", "--http-port", "0", "--ports-file", str(ports_file)]
-    with log.open("wb") as sink:
-        process = subprocess.Popen([sys.executable, "-m", module, *listeners, *args], stderr=sink)
+    process = start_module(module, [*listeners, *args], log)
     try:
         ports = _wait_for_ports(process, ports_file, log, timeout_seconds)
         yield ServiceProcess(process, ports, log)
@@ -69,7 +69,7 @@ def service_process(
 
 
 def _wait_for_ports(
-    process: subprocess.Popen[bytes], ports_file: Path, log: Path, timeout_seconds: float
+    process: ForkedProcess, ports_file: Path, log: Path, timeout_seconds: float
 ) -> Ports:
     deadline = time.monotonic() + timeout_seconds
     while not ports_file.exists():
@@ -81,7 +81,7 @@ def _wait_for_ports(
     return Ports(**json.loads(ports_file.read_text()))
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: ForkedProcess) -> None:
     process.terminate()
     try:
         process.wait(timeout=30)
