@@ -8,6 +8,7 @@ one thread at a time. Must not know about services, requests or the environment.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,14 +33,24 @@ from scq.bitstream import (
 )
 from scq.bitstream.frame import EntropyChoice
 from scq.bitstream.header import Entropy
-from scq.errors import CorruptCodes, ImageTooLarge, ReferenceMismatch, ScqError, UnknownModel
+from scq.errors import (
+    CorruptCodes,
+    ImageTooLarge,
+    ReferenceMismatch,
+    ScqError,
+    UnknownModel,
+    UnsupportedOperation,
+)
 from scq.images import DEFAULT_MAX_PIXELS, Pixels, Placement, fit_frame, place, restore_frame
-from scq.lattice import LatticeAssignment
+from scq.lattice import LatticeAssignment, search_candidates
 from scq.model import ScqAutoencoder, load_model
+from scq.rate import choose
 
 Stage = Literal["preprocess", "encoder", "quantize", "entropy"]
 FrameType = Literal["key", "delta"]
 DEFAULT_KEYFRAME_INTERVAL = 30
+# Lattice states that are weighed for each latent when bits count too.
+RATE_CANDIDATES = 16
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,25 @@ class Label:
     class_index: int
 
 
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is coded: a key frame at least every `keyframe_interval` frames.
+
+    entropy, tile, rate_weight as in `FrameCodec.encode`; entropy concerns key frames.
+    """
+
+    keyframe_interval: int = DEFAULT_KEYFRAME_INTERVAL
+    entropy: EntropyChoice = "auto"
+    tile: int | None = None
+    rate_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.keyframe_interval < 1:
+            raise ScqError(f"keyframe_interval must be >= 1, got {self.keyframe_interval}")
+        if self.rate_weight is not None and not 0 <= self.rate_weight < math.inf:
+            raise ScqError(f"rate_weight must be finite and >= 0, got {self.rate_weight}")
+
+
 class FrameCodec:
     """One model, ready to code. The model is put into eval mode and must not change afterwards.
 
@@ -133,8 +163,9 @@ class FrameCodec:
         None or 0 takes the nearest codes. Raises InvalidImage for other arrays, InvalidLatents if
         the encoder yields NaN, UnsupportedOperation for what needs tables that are not there.
         """
+        options = StreamOptions(1, entropy, tile, rate_weight)
         latents, placement, times = self.analyse(image)
-        assignment = self.quantize(latents, placement, rate_weight)
+        assignment = self.quantize(latents, placement, options)
         times.append(time.perf_counter())
         packed = self.pack(assignment, placement, entropy=entropy, tile=tile)
         times.append(time.perf_counter())
@@ -155,11 +186,34 @@ class FrameCodec:
         self,
         latents: Tensor,
         placement: Placement,
-        rate_weight: float | None = None,
+        options: StreamOptions,
         reference: LatticeAssignment | None = None,
     ) -> LatticeAssignment:
-        """The lattice codes of latents (1, h, w, F): the nearest, or the best at this rate."""
-        return self.model.quantize(latents)
+        """The lattice codes of latents (1, h, w, F): the nearest, or the best at the rate asked.
+
+        reference: what a delta frame of these codes would change.
+        """
+        if not options.rate_weight:
+            return self.model.quantize(latents)
+        if self.tables is None:
+            raise UnsupportedOperation(
+                f"rate_weight needs entropy tables and model {self.name!r} has none; leave it out"
+            )
+        candidates = search_candidates(
+            latents.reshape(-1, self.config.code_dim),
+            self.model.quantizer.codebook,
+            self.config.lattice,
+            RATE_CANDIDATES,
+            reference,
+        )
+        return choose(
+            candidates,
+            placement.grid,
+            self.tables,
+            options.rate_weight,
+            reference,
+            tile=options.tile,
+        )
 
     def pack(
         self,
@@ -282,23 +336,6 @@ class FrameCodec:
         return parse_header(codes)
 
 
-@dataclass(frozen=True)
-class StreamOptions:
-    """How a stream is coded: a key frame at least every `keyframe_interval` frames.
-
-    entropy, tile, rate_weight as in `FrameCodec.encode`; entropy concerns key frames.
-    """
-
-    keyframe_interval: int = DEFAULT_KEYFRAME_INTERVAL
-    entropy: EntropyChoice = "auto"
-    tile: int | None = None
-    rate_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.keyframe_interval < 1:
-            raise ScqError(f"keyframe_interval must be >= 1, got {self.keyframe_interval}")
-
-
 class FrameEncoder:
     """Codes the pictures of one stream, each frame a change of the one before where it can be.
 
@@ -321,7 +358,7 @@ class FrameEncoder:
         `FrameCodec.encode`, and then the stream is where it was."""
         latents, placement, times = self._codec.analyse(image)
         reference = None if force_key else self._reference(placement)
-        assignment = self._codec.quantize(latents, placement, self._options.rate_weight, reference)
+        assignment = self._codec.quantize(latents, placement, self._options, reference)
         times.append(time.perf_counter())
         packed = self._pack(assignment, placement, reference)
         times.append(time.perf_counter())

@@ -372,3 +372,32 @@ def test_a_stream_is_pinned_to_its_model(make_model: MakeModel, photograph: Pixe
     decoder.decode(mine.encode(photograph).codes)
     with pytest.raises(UnknownModel, match="mine"):
         decoder.decode(encoder.encode(photograph).codes)
+
+
+def test_rate_weight_trades_error_for_bytes(tiny_model: ScqAutoencoder, photograph: Pixels) -> None:
+    codec = FrameCodec(with_tables(tiny_model))
+    nearest = codec.encode(photograph, entropy="rans")
+    cheaper = codec.encode(photograph, entropy="rans", rate_weight=10.0)
+    assert codec.encode(photograph, entropy="rans", rate_weight=0.0).codes == nearest.codes
+    assert len(cheaper.codes) < len(nearest.codes)
+    assert codec.decode(cheaper.codes).shape == photograph.shape
+    frames = film(photograph, 3)
+    skipped = []
+    for weight in (None, 10.0):
+        encoder, decoder = codec.frame_encoder(rate_weight=weight), codec.frame_decoder()
+        coded = [encoder.encode(frame) for frame in frames]
+        for frame in coded:
+            decoder.decode(frame.codes)
+        skipped.append(coded[-1].stats.modes["skip"])
+    assert skipped[1] > skipped[0]
+
+
+def test_rate_weight_needs_tables_and_a_sane_number(
+    tiny_model: ScqAutoencoder, photograph: Pixels
+) -> None:
+    codec = FrameCodec(tiny_model)
+    with pytest.raises(UnsupportedOperation, match="needs entropy tables"):
+        codec.encode(photograph, rate_weight=0.1)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ScqError, match="rate_weight"):
+            codec.encode(photograph, rate_weight=weight)
