@@ -9,7 +9,7 @@ namespace vq {
 
 constexpr std::int32_t kScqLanes = 16;       // codes per panel of the float32 scan
 constexpr std::int32_t kScqWide = 8;         // doubles per vector of the small systems
-constexpr std::int32_t kScqCandidates = 64;  // codes kept per latent by a scan, at most
+constexpr std::int32_t kScqCandidates = 32;  // codes kept per latent by a scan, at most
 constexpr std::int32_t kScqBlock = 24;       // latents scanned together
 
 // One codebook in solver units: codes c = (given - centre) * inverse_radius, so that |c| <= 1.

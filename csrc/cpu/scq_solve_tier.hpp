@@ -25,7 +25,7 @@ constexpr double kHalfUlp = 1.0 / (1 << 24);  // of float32
 // A new pivot below this is a dependent code (A has diagonal 1 to 2).
 constexpr double kDependent = 1e-10;
 // Of the 32 lane minima of a scan, the one that bounds what is kept: about 40 codes pass.
-constexpr int kKeepRank = 22;
+constexpr int kKeepRank = 12;
 
 // ---- Small vectors ----
 
@@ -69,20 +69,26 @@ void clear8(double *v) {
 
 // ---- The codebook ----
 
-double given_value(const ScqCodebook &book, const void *array, std::int64_t at) {
-  return book.given->is_double != 0 ? static_cast<const double *>(array)[at]
-                                    : static_cast<double>(static_cast<const float *>(array)[at]);
+template <typename Value>
+void centre_row(const ScqCodebook &book, const Value *row, double *__restrict out) {
+  const std::int32_t count = book.given->num_features;
+  const double *centre = book.centre;
+  const double unit = book.inverse_radius;
+  for (std::int32_t f = 0; f < count; ++f) {
+    out[f] = (static_cast<double>(row[f]) - centre[f]) * unit;
+  }
+  for (std::int32_t f = count; f < book.features; ++f) {
+    out[f] = 0.0;
+  }
 }
 
 // A code or a latent in solver units, zero-padded.
 void load_row(const ScqCodebook &book, const void *array, std::int64_t row, double *out) {
-  const std::int32_t count = book.given->num_features;
-  const std::int64_t at = row * count;
-  for (std::int32_t f = 0; f < count; ++f) {
-    out[f] = (given_value(book, array, at + f) - book.centre[f]) * book.inverse_radius;
-  }
-  for (std::int32_t f = count; f < book.features; ++f) {
-    out[f] = 0.0;
+  const std::int64_t at = row * book.given->num_features;
+  if (book.given->is_double != 0) {
+    centre_row(book, static_cast<const double *>(array) + at, out);
+  } else {
+    centre_row(book, static_cast<const float *>(array) + at, out);
   }
 }
 

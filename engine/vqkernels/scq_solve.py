@@ -127,7 +127,7 @@ class ScqProblem:
     def max_support(self) -> int:
         """Slots per latent that `solve` reserves; larger supports are left unsolved."""
         wanted = min(self.codebook.shape[1] + _SPARE_SUPPORT, _MAX_SUPPORT)
-        return min(wanted, len(self.codebook))
+        return min(wanted, int(self.codebook.shape[0]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from scq.errors import InvalidCodebook
-from scq.solver import exact, oracle, relaxed
+from scq.solver import exact, native, oracle, relaxed
 from scq.solver.assignment import SparseAssignment
 from scq.solver.base import Objective, Solver, SolverConfig, SolveResult, kkt_residual
 
 SOLVERS: dict[str, Solver] = {
     "exact": exact.solve,
+    "native": native.solve,
     "relaxed": relaxed.solve,
     "cvxpy": oracle.solve,
 }

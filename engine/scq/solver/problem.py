@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     """Shared data in float64, moved so that the mean of the codes is the origin.
 
     codebook (K + 1, F) ends with a row of zeros, the pad code that fills unused support slots.
-    gram (K + 1, K + 1), or None for many codes, is C C^T + (lam + ridge) I + tau 1 1^T with zeros
+    gram (K + 1, K + 1), or None for many codes, is C C^T + max(lam, ridge) I + tau 1 1^T with zeros
     for the pad: on the simplex the tau term is a constant, but it makes any affinely independent
     support positive definite without help from lam. tau is the largest squared code norm.
     """
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
     @property
     def diagonal(self) -> float:
-        return self.lam + RIDGE * self.tau
+        return max(self.lam, RIDGE * self.tau)
 
 
 class Supports(NamedTuple):
