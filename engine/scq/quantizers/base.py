@@ -222,6 +222,13 @@ class Quantizer(nn.Module):
         if bool(((symbols < 0) | (symbols >= sizes)).any()):
             raise InvalidLatents(f"a symbol is outside its alphabet, sizes {self.alphabets}")
 
+    def allowed(self, before: Tensor) -> Tensor | None:
+        """(N, k) first symbols -> (N, alphabets[k]) bool, what symbol k may be; None for all.
+
+        An absent symbol may only be 0. For models of symbols, such as autoregressive priors.
+        """
+        return None
+
     def _coded(self, position: int, symbols: Ints) -> Bools:
         """Which latents transmit `position`, told by the positions before it; all by default."""
         return np.ones(len(symbols), np.bool_)

@@ -69,6 +69,18 @@ class SparseConvexQuantizer(CodebookQuantizer):
         usage.add(assignment.indices, assignment.numerators / self.code.denominator)
         return usage
 
+    def allowed(self, before: Tensor) -> Tensor | None:
+        """Other indices differ from those before them, and are 0 where there are not as many."""
+        position = before.shape[1]
+        if position < 2:
+            return None
+        mask = torch.ones(len(before), self.code.num_codes, dtype=torch.bool, device=before.device)
+        mask.scatter_(1, torch.cat([before[:, :1], before[:, 2:]], dim=1), False)
+        sizes = torch.from_numpy(partitions(self.code).sizes).to(before.device)
+        absent = sizes[before[:, 1]] < position
+        mask[absent] = torch.arange(self.code.num_codes, device=before.device) == 0
+        return mask
+
     def _fit(self, latents: Tensor) -> None:
         super()._fit(latents)
         pool = seed_pool(latents, self.config.num_codes, self.config.seed)
