@@ -17,6 +17,7 @@ from scq.errors import InvalidCodebook
 from scq.quantizers import Quantizer
 from scq.quantizers.none import Unquantized
 from scq.study.autoencoder import LATENTS_PER_IMAGE, StudyAutoencoder
+from scq.study.rate_aware import encode_with_rate, fit_choice
 
 _CHUNK = 250
 
@@ -64,27 +65,53 @@ def encode_pictures(model: StudyAutoencoder, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: QuantizedAutoencoder, train: Tensor, test: Tensor) -> Measurement:
-    """Measure on `test` (N, 3, 32, 32) uint8; entropy tables come from `train`."""
+def measure(
+    model: QuantizedAutoencoder, train: Tensor, test: Tensor, rate_weight: float = 0.0
+) -> Measurement:
+    """Measure on `test` (N, 3, 32, 32) uint8; entropy tables come from `train`.
+
+    rate_weight: squared latent error that a bit is worth to an encoder that minds the rate.
+    """
     autoencoder, quantizer = model.autoencoder, model.quantizer
     latents = encode_pictures(autoencoder, test)
     if isinstance(quantizer, Unquantized):
         mse, nan = _error(autoencoder, latents, test), math.nan
         return Measurement(mse, mse, 0.0, math.inf, nan, nan, nan, nan, nan)
-    symbols = quantizer.encode(latents)
-    decoded = quantizer.decode(symbols)
-    usage = quantizer.usage(symbols)
+    coded = _code(quantizer, encode_pictures(autoencoder, train), latents, rate_weight)
+    decoded, usage = quantizer.decode(coded.symbols), quantizer.usage(coded.symbols)
     return Measurement(
         mse=_error(autoencoder, decoded, test),
         forward_mse=_error(autoencoder, _forward(quantizer, latents), test),
         latent_mse=float((decoded - latents).square().mean()),
         raw_bits_per_latent=quantizer.raw_bits_per_latent,
-        raw_bytes=len(quantizer.pack(symbols)) / len(test),
-        rans_bytes=_rans_bytes(model, symbols, train) / len(test),
+        raw_bytes=len(quantizer.pack(coded.symbols)) / len(test),
+        rans_bytes=coded.rans_bytes / len(test),
         top1_usage=usage.top1_usage,
         perplexity=usage.perplexity,
         mass_perplexity=usage.mass_perplexity,
     )
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Symbols (N, S) of the test latents and the bytes of their rANS stream, NaN without tables."""
+
+    symbols: Tensor
+    rans_bytes: float
+
+
+def _code(quantizer: Quantizer, train: Tensor, test: Tensor, rate_weight: float) -> _Coded:
+    if rate_weight:
+        tables = fit_choice(quantizer, train, rate_weight)
+        symbols = encode_with_rate(quantizer, test, tables, rate_weight)
+        return _Coded(symbols, len(quantizer.pack(symbols, tables)))
+    symbols = quantizer.encode(test)
+    try:
+        tables = quantizer.fit_tables(quantizer.encode(train))
+    except InvalidCodebook:
+        # An alphabet beyond 16-bit tables can only be packed RAW.
+        return _Coded(symbols, math.nan)
+    return _Coded(symbols, len(quantizer.pack(symbols, tables)))
 
 
 def _forward(quantizer: Quantizer, latents: Tensor) -> Tensor:
@@ -93,17 +120,6 @@ def _forward(quantizer: Quantizer, latents: Tensor) -> Tensor:
     return torch.cat(
         [quantizer(part).quantized.flatten(0, 2) for part in torch.split(grids, _CHUNK)]
     )
-
-
-def _rans_bytes(model: QuantizedAutoencoder, symbols: Tensor, train: Tensor) -> float:
-    quantizer = model.quantizer
-    latents = encode_pictures(model.autoencoder, train)
-    try:
-        tables = quantizer.fit_tables(quantizer.encode(latents))
-    except InvalidCodebook:
-        # An alphabet beyond 16-bit tables can only be packed RAW.
-        return math.nan
-    return len(quantizer.pack(symbols, tables))
 
 
 def _error(model: StudyAutoencoder, latents: Tensor, pictures: Tensor) -> float:

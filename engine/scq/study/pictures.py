@@ -31,8 +31,6 @@ class PictureSource:
 
     folder: str
     scale: tuple[float, float] | None
-    num_train: int = 12_000
-    num_test: int = 2_000
 
 
 SOURCES = {
@@ -57,8 +55,8 @@ class Pictures:
                 raise ScqError(f"{self.name}: pictures are {part.dtype} {tuple(part.shape)}")
 
 
-def load_pictures(name: str, root: Path) -> Pictures:
-    """The pictures of one source under `root`.
+def load_pictures(name: str, root: Path, num_train: int, num_test: int) -> Pictures:
+    """At most `num_train` and `num_test` pictures of one source under `root`, in random order.
 
     Raises:
         ScqError: an unknown name, a missing folder, or pictures too few or too small.
@@ -72,15 +70,16 @@ def load_pictures(name: str, root: Path) -> Pictures:
             f"{folder}: no such folder; --data must hold {source.folder}/ "
             f"(run: scq data fetch {source.folder} --to {folder})"
         )
-    train = _tensor(open_dataset(folder, "train"), source, source.num_train)
-    test = _tensor(open_dataset(folder, "test"), source, source.num_test)
+    train = _tensor(open_dataset(folder, "train"), source, num_train)
+    test = _tensor(open_dataset(folder, "test"), source, num_test)
     return Pictures(name, train, test)
 
 
 def _tensor(images: ImageSet, source: PictureSource, count: int) -> Tensor:
     rng = np.random.default_rng(_SEED)
     if source.scale is None:
-        order = np.sort(rng.permutation(len(images))[:count])
+        # Shuffled, because the first pictures initialise quantizers and entropy tables.
+        order = rng.permutation(len(images))[:count]
         return torch.cat([_whole(images, int(position)) for position in order])
     crop = CropConfig(SIDE, source.scale[0], source.scale[1])
     chunks = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]

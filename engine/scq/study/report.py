@@ -18,8 +18,7 @@ from scq.errors import ScqError
 from scq.study.results import ResultRow, TraceRow, read_rows
 from scq.study.spec import STUDIES, Study
 
-_CURVE_QUANTIZER = "scq_sparse"
-_CURVE_LABEL_END = "s=2 n=4"
+_CURVE_LABEL = "s=2 n=2"
 # How far beyond the curve's own ends a comparison may go, as a share of the end's bytes.
 _MAX_EXTRAPOLATION = 0.1
 
@@ -60,12 +59,18 @@ def report(folder: Path) -> str:
     traces = read_rows(folder / "traces.csv", TraceRow)
     parts = []
     for study in STUDIES.values():
-        own = [row for row in rows if row.study == study.name]
+        own = [row for row in rows if _belongs(row, study)]
         if own:
             parts += _study_tables(study, own)
-        parts += _trace_table([row for row in traces if row.study == study.name])
+        if study.traced:
+            parts += _trace_table(study.name, [row for row in traces if _belongs(row, study)])
     parts += _equal_bytes(rows)
     return "\n".join(parts)
+
+
+def _belongs(row: ResultRow | TraceRow, study: Study) -> bool:
+    labels = {variant.label for variant in study.variants}
+    return row.label.split(" w=")[0] in labels
 
 
 def _study_tables(study: Study, rows: Sequence[ResultRow]) -> list[str]:
@@ -88,14 +93,14 @@ def _cell(column: _Column, rows: Sequence[ResultRow]) -> str:
     return _mean(values, column.digits, spread=column.spread)
 
 
-def _trace_table(rows: Sequence[TraceRow]) -> list[str]:
+def _trace_table(name: str, rows: Sequence[TraceRow]) -> list[str]:
     """KKT residual and support at the first, middle and last step logged."""
     if not rows:
         return []
     steps = sorted({row.step for row in rows})
     shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
     titles = [f"{name}, step {step}" for step in shown for name in ("KKT max", "support")]
-    lines = [f"### {rows[0].study}: while training", "", *_header(["quantizer", *titles])]
+    lines = [f"### {name}: while training", "", *_header(["quantizer", *titles])]
     for label, own in _grouped(rows, lambda row: row.label).items():
         cells = []
         for step in shown:
@@ -107,39 +112,50 @@ def _trace_table(rows: Sequence[TraceRow]) -> list[str]:
 
 
 def _equal_bytes(rows: Sequence[ResultRow]) -> list[str]:
-    """Gain of the SCQ curve over every coded variant, in dB, at that variant's bytes."""
+    """Gain of the SCQ curves over every other coded variant, in dB, at that variant's bytes."""
     coded = [row for row in rows if row.study in ("rate", "curve") and row.raw_bytes > 0]
-    measures: tuple[tuple[str, Measure], ...] = (
-        ("RAW", lambda row: row.raw_bytes),
-        ("rANS", lambda row: row.rans_bytes),
-    )
+    titles = ["SCQ against, RAW bytes", "rANS bytes", "rate-aware SCQ against, rANS bytes"]
     lines: list[str] = []
     for pictures, own in _grouped(coded, lambda row: row.pictures).items():
         for label, others in _grouped(own, lambda row: row.label).items():
-            if others[0].quantizer == _CURVE_QUANTIZER and label.endswith(_CURVE_LABEL_END):
+            if _CURVE_LABEL in label:
                 continue
-            gains = [[_gain(own, row, measure) for row in others] for _, measure in measures]
+            gains = [[gain(own, row) for row in others] for gain in _GAINS]
             if any(not math.isnan(value) for values in gains for value in values):
                 cells = [_mean(values, 2, spread=True, sign=True) for values in gains]
                 lines.append(_line([pictures, label, *cells, str(len(others))]))
     if not lines:
         return []
-    titles = [f"dB at equal {name} bytes" for name, _ in measures]
-    head = _header(["pictures", "SCQ s=2 n=4 against", *titles, "n"])
-    return ["### equal bytes", "", *head, *lines, ""]
+    head = _header(["pictures", "quantizer", *titles, "n"])
+    return ["### equal bytes", "", "Gain of SCQ s=2 n=2 in dB:", "", *head, *lines, ""]
 
 
-def _gain(rows: Iterable[ResultRow], other: ResultRow, bytes_of: Measure) -> float:
-    curve = sorted(
-        {
-            (bytes_of(row), row.psnr_db)
-            for row in rows
-            if row.quantizer == _CURVE_QUANTIZER
-            and row.label.endswith(_CURVE_LABEL_END)
-            and row.seed == other.seed
-        }
-    )
-    return interpolate(curve, bytes_of(other)) - other.psnr_db
+def _gain_raw(rows: Iterable[ResultRow], other: ResultRow) -> float:
+    if other.rate_weight:
+        return math.nan
+    curve = [(row.raw_bytes, row.psnr_db) for row in _curve(rows, other.seed, aware=False)]
+    return interpolate(sorted(curve), other.raw_bytes) - other.psnr_db
+
+
+def _gain_rans(rows: Iterable[ResultRow], other: ResultRow) -> float:
+    curve = [(row.rans_bytes, row.psnr_db) for row in _curve(rows, other.seed, aware=False)]
+    return interpolate(sorted(curve), other.rans_bytes) - other.psnr_db
+
+
+def _gain_aware(rows: Iterable[ResultRow], other: ResultRow) -> float:
+    curve = [(row.rans_bytes, row.psnr_db) for row in _curve(rows, other.seed, aware=True)]
+    return interpolate(sorted(curve), other.rans_bytes) - other.psnr_db
+
+
+_GAINS = (_gain_raw, _gain_rans, _gain_aware)
+
+
+def _curve(rows: Iterable[ResultRow], seed: int, *, aware: bool) -> list[ResultRow]:
+    return [
+        row
+        for row in rows
+        if _CURVE_LABEL in row.label and row.seed == seed and bool(row.rate_weight) == aware
+    ]
 
 
 def interpolate(curve: Sequence[tuple[float, float]], position: float) -> float:

@@ -19,7 +19,11 @@ from scq.errors import ScqError
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One finished run. Bytes are per picture; seconds of training; steps after pretraining."""
+    """One finished run, or the same model with an encoder that minds the rate.
+
+    Bytes are per picture; seconds of training; steps after pretraining; rate_weight in squared
+    latent units a bit.
+    """
 
     study: str
     pictures: str
@@ -27,6 +31,7 @@ class ResultRow:
     quantizer: str
     seed: int
     steps: int
+    rate_weight: float
     raw_bits_per_latent: float
     raw_bytes: float
     rans_bytes: float
@@ -40,9 +45,9 @@ class ResultRow:
     seconds: float
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> tuple[str, str, int]:
         """What identifies the run."""
-        return (self.study, self.pictures, self.label, self.seed)
+        return (self.pictures, self.label, self.seed)
 
 
 @dataclass(frozen=True)

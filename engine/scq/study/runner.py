@@ -23,6 +23,7 @@ from scq.quantizers import Quantizer, build_quantizer
 from scq.study.autoencoder import GRID, StudyAutoencoder, load_autoencoder, save_autoencoder
 from scq.study.measure import Measurement, QuantizedAutoencoder, encode_pictures, measure
 from scq.study.pictures import Pictures, load_pictures
+from scq.study.rate_aware import can_choose
 from scq.study.results import ResultRow, TraceRow, append_rows, read_rows
 from scq.study.spec import Run, Settings, Study, runs
 from scq.study.trace import Trace
@@ -67,13 +68,15 @@ def run_study(
     finished = {row.key for row in read_rows(place.out / RESULTS, ResultRow)}
     todo = [run for run in runs(study, seeds, sets) if run.key not in finished]
     # Consecutive runs share their pictures and autoencoder; one pair is held at a time.
-    pictures = functools.lru_cache(maxsize=1)(lambda name: _pictures(name, place))
+    limits = place.settings.num_train, place.settings.num_test
+    pictures = functools.lru_cache(maxsize=1)(lambda name: load_pictures(name, place.data, *limits))
     start = functools.lru_cache(maxsize=1)(lambda name, seed: prepare(pictures(name), seed, place))
     for number, run in enumerate(todo):
         shared = start(run.pictures, run.seed % place.settings.autoencoders)
-        result, traces = execute(run, place.settings, shared, study)
+        results, traces = execute(run, place.settings, shared, study)
         append_rows(place.out / TRACES, traces)
-        append_rows(place.out / RESULTS, [result])
+        append_rows(place.out / RESULTS, results)
+        result = results[0]
         progress(
             f"{number + 1}/{len(todo)} {run.pictures} {run.variant.label} seed {run.seed}: "
             f"{result.psnr_db:.2f} dB, {result.raw_bytes:.1f} bytes, {result.seconds:.0f} s"
@@ -108,15 +111,20 @@ def prepare(pictures: Pictures, number: int, place: Workplace) -> Start:
 
 def execute(
     run: Run, settings: Settings, start: Start, study: Study
-) -> tuple[ResultRow, list[TraceRow]]:
-    """Train and measure one run."""
+) -> tuple[list[ResultRow], list[TraceRow]]:
+    """Train one run and measure it, with an encoder that minds the rate as well if it can."""
     started = time.perf_counter()
     trace = Trace(run) if study.traced else None
     model = Job(run, start, settings, study.end_to_end).train(trace)
     seconds = time.perf_counter() - started
     tables_from = start.pictures.train[: settings.table_pictures]
-    result = _row(run, measure(model, tables_from, start.pictures.test), settings, seconds)
-    return result, trace.rows if trace else []
+    weights = (0.0, *(study.rate_weights if can_choose(model.quantizer) else ()))
+    results = [
+        _row(run, weight, measure(model, tables_from, start.pictures.test, weight), seconds)
+        for weight in weights
+    ]
+    steps = settings.finetuning.steps
+    return [replace(row, steps=steps) for row in results], trace.rows if trace else []
 
 
 @dataclass(frozen=True)
@@ -168,24 +176,15 @@ class Job:
         return build_quantizer(variant.quantizer, replace(variant.config, seed=self.run.seed))
 
 
-def _pictures(name: str, place: Workplace) -> Pictures:
-    pictures = load_pictures(name, place.data)
-    settings = place.settings
-    return replace(
-        pictures,
-        train=pictures.train[: settings.num_train],
-        test=pictures.test[: settings.num_test],
-    )
-
-
-def _row(run: Run, measured: Measurement, settings: Settings, seconds: float) -> ResultRow:
+def _row(run: Run, rate_weight: float, measured: Measurement, seconds: float) -> ResultRow:
     return ResultRow(
         study=run.study,
         pictures=run.pictures,
-        label=run.variant.label,
+        label=run.variant.label + (f" w={rate_weight:g}" if rate_weight else ""),
         quantizer=run.variant.quantizer,
         seed=run.seed,
-        steps=settings.finetuning.steps,
+        steps=0,
+        rate_weight=rate_weight,
         raw_bits_per_latent=measured.raw_bits_per_latent,
         raw_bytes=measured.raw_bytes,
         rans_bytes=measured.rans_bytes,

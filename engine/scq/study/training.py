@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,11 +25,16 @@ Trained = TypeVar("Trained", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Budget:
-    """What one training run may spend. `average_decay` is of the weights' running mean."""
+    """What one training run may spend.
+
+    codebook_rate: learning rate of a quantizer's own parameters over `learning_rate`.
+    average_decay: of the weights' running mean.
+    """
 
     steps: int
     batch_size: int = 64
     learning_rate: float = 1e-3
+    codebook_rate: float = 1.0
     average_decay: float = 0.98
     bfloat16: bool = True
 
@@ -91,11 +96,11 @@ def optimise(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ScqError("nothing to train: every parameter is frozen")
-    optimizer = torch.optim.Adam(trained, lr=budget.learning_rate)
+    optimizer = torch.optim.Adam(_groups(model, budget))
     average = copy.deepcopy(model)
     for step, chosen in enumerate(source):
         for group in optimizer.param_groups:
-            group["lr"] = budget.rate(step)
+            group["lr"] = budget.rate(step) * group["factor"]
         value = loss(chosen, step)
         if not bool(torch.isfinite(value)):
             raise ScqError(f"loss is not finite at step {step}; lower learning_rate")
@@ -105,6 +110,15 @@ def optimise(
         optimizer.step()
         _average(average, model, min(budget.average_decay, (1 + step) / (10 + step)))
     return average.eval()
+
+
+def _groups(model: nn.Module, budget: Budget) -> list[dict[str, Any]]:
+    """Parameters to train; those of the submodule `quantizer` apart."""
+    named = [item for item in model.named_parameters() if item[1].requires_grad]
+    codes = [parameter for name, parameter in named if name.startswith("quantizer.")]
+    others = [parameter for name, parameter in named if not name.startswith("quantizer.")]
+    groups = ((others, 1.0), (codes, budget.codebook_rate))
+    return [{"params": params, "factor": factor} for params, factor in groups if params]
 
 
 def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
