@@ -264,6 +264,88 @@ VQ_API int32_t vq_scq_differentiate(const vq_scq_problem *problem, const vq_scq_
  * in a tie, as if computed in float64. */
 VQ_API int32_t vq_scq_nearest(const vq_scq_problem *problem, int64_t *indices, vq_pool *pool);
 
+/* SCQ1 frames, version 2 (docs/scq1.md): sparse convex codes to bytes and back, with integers only.
+ * Why bytes are no frame, or codes cannot be packed: */
+typedef enum vq_scq1_reason {
+  VQ_SCQ1_GOOD = 0,
+  VQ_SCQ1_HEADER = 1,     /* the header, or a varint behind it, is out of form */
+  VQ_SCQ1_CHECK = 2,      /* a checksum does not fit */
+  VQ_SCQ1_LENGTH = 3,     /* lengths and bytes do not fit together */
+  VQ_SCQ1_TABLES = 4,     /* entropy tables are needed and not there, or are no tables */
+  VQ_SCQ1_REFERENCE = 5,  /* the reference is missing or another one */
+  VQ_SCQ1_STREAM = 6,     /* a rANS stream does not begin or end as it must */
+  VQ_SCQ1_RANK = 7,       /* a RAW chunk lies beyond its last rank */
+  VQ_SCQ1_STATE = 8,      /* a latent names a code twice or changes weights that are fixed */
+  VQ_SCQ1_ASSIGNMENT = 9  /* indices or numerators given are not of the model */
+} vq_scq1_reason;
+
+enum { VQ_SCQ1_AUTO = 0, VQ_SCQ1_RAW = 1, VQ_SCQ1_RANS = 2 };
+
+/* A model's numbers. Cluster maps hold num_codes entries; NULL (both): no tables. frequencies: the
+ * tables base, support, mode, new, swap, other, then for t = 2 .. max_support partition, slot,
+ * reweight and swap_weights of t, row by row, without those that do not exist. */
+typedef struct vq_scq1_profile {
+  int32_t num_codes;
+  int32_t max_support;
+  int32_t denominator; /* a power of two */
+  int32_t reserved;    /* must be 0 */
+  const uint16_t *base_cluster;
+  const uint16_t *other_cluster;
+  const uint16_t *frequencies;
+  int64_t num_frequencies;
+} vq_scq1_profile;
+
+typedef struct vq_scq1_model vq_scq1_model;
+
+/* Arrays of indices and numerators are [rows * columns][max_support]; reference arrays may be NULL.
+ * state[0] becomes 1 if the frame was complete, 0 if only its base layer was had. */
+typedef struct vq_scq1_frame {
+  const uint8_t *codes;
+  int64_t num_bytes;
+  int32_t rows;
+  int32_t columns;
+  const int64_t *reference_indices;
+  const int64_t *reference_numerators;
+  int64_t *indices;
+  int64_t *numerators;
+  int32_t *state; /* [1] */
+  int32_t allow_partial;
+} vq_scq1_frame;
+
+/* With a reference: a delta frame (width, height, letterboxed and entropy are not used). tile 0: one
+ * tile. state: bytes written, bytes up to the end of the base layer, 1 for rANS, then how many
+ * latents took SKIP, REWEIGHT, SWAP1, NEW. */
+typedef struct vq_scq1_request {
+  const int64_t *indices;
+  const int64_t *numerators;
+  const int64_t *reference_indices;
+  const int64_t *reference_numerators;
+  int32_t rows;
+  int32_t columns;
+  int32_t width;
+  int32_t height;
+  int32_t letterboxed;
+  int32_t tile;
+  int32_t entropy;
+  uint8_t model_hash[4];
+  uint8_t *codes;
+  int64_t capacity; /* bytes at codes; too few: VQ_ERR_SHAPE */
+  int32_t *state;   /* [7] */
+} vq_scq1_request;
+
+/* Prepares a model; free it with vq_scq1_close. It copies the arrays and may be shared by threads.
+ * VQ_ERR_SHAPE: no SCQ1 profile, or tables that are none. */
+VQ_API int32_t vq_scq1_open(const vq_scq1_profile *profile, vq_scq1_model **model);
+
+/* NULL is allowed. */
+VQ_API void vq_scq1_close(vq_scq1_model *model);
+
+/* Both return VQ_OK and a reason: outputs are useful only for VQ_SCQ1_GOOD. */
+VQ_API int32_t vq_scq1_unpack(const vq_scq1_model *model, const vq_scq1_frame *frame,
+                              int32_t *reason);
+VQ_API int32_t vq_scq1_pack(const vq_scq1_model *model, const vq_scq1_request *request,
+                            int32_t *reason);
+
 #ifdef __cplusplus
 }
 #endif

@@ -134,14 +134,14 @@ def _key_problem(
     unit = rate_weight / COST_UNITS
     costs, leads = _solo_costs(candidates, tables)
     size = candidates.indices.shape[2]
-    fixed = np.repeat(_errors(candidates), size, axis=1) + unit * costs.reshape(len(costs), -1)
+    fixed = np.repeat(_errors(candidates), size, axis=1) + _priced(unit, costs)
     states = np.broadcast_to(np.arange(fixed.shape[1]) // size, fixed.shape)
     problem = Problem(
         fixed,
         leads.reshape(len(leads), -1),
         tables.base_cluster.astype(np.int64),
         tables.num_base_clusters,
-        unit * tables.costs["base"],
+        (unit * tables.costs["base"]).astype(np.float64),
     )
     return problem, states
 
@@ -160,7 +160,7 @@ def _delta_problem(
     solo, leads = _solo_costs(candidates, tables)
     rows = tables.other_cluster[before.heaviest].astype(np.int64)
     solo = solo + tables.costs["new"][rows[:, None, None], leads]
-    by_mode[NEW] = errors + unit * solo.min(axis=2)
+    by_mode[NEW] = errors + _priced(unit, solo.min(axis=2))
     modes, changed = _change_costs(candidates, before, tables)
     for mode in (SKIP, REWEIGHT, SWAP1):
         by_mode[mode] = np.where(modes == mode, errors + unit * changed, np.inf)
@@ -170,8 +170,15 @@ def _delta_problem(
         np.broadcast_to(np.arange(NUM_MODES), (count, NUM_MODES)),
         np.arange(NUM_MODES),
         NUM_MODES,
-        unit * tables.costs["mode"],
+        (unit * tables.costs["mode"]).astype(np.float64),
     ), states
+
+
+def _priced(unit: float, costs: Floats) -> Floats:
+    """(N, ...) costs in latent error, (N, M); what cannot be had stays infinite at a unit of 0."""
+    flat = costs.reshape(len(costs), -1)
+    priced: Floats = np.where(np.isinf(flat), np.inf, unit * np.where(np.isinf(flat), 0, flat))
+    return priced
 
 
 def _solo_costs(candidates: Candidates, tables: EntropyTables) -> tuple[Floats, Ints]:
