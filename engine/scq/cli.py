@@ -33,6 +33,7 @@ from scq.cli_shared import (
 )
 from scq.cli_study import study_command
 from scq.cli_train import train_command
+from scq.cli_vqvae import vqvae_app
 from scq.codec import CodecRegistry
 from scq.data import load_images
 from scq.errors import InvalidImage, ScqError
@@ -196,6 +197,7 @@ app.command("compare")(compare_command)
 app.add_typer(features_app, name="features")
 app.command("study")(study_command)
 app.add_typer(data_app, name="data")
+app.add_typer(vqvae_app, name="vqvae")
 
 
 def main() -> None:

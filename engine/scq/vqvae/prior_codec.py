@@ -98,6 +98,7 @@ class PriorCodec:
         self, grid: Tensor, conditions: Conditions
     ) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
         """Every symbol's place with its cumulative frequencies, told by `grid` as filled so far."""
+        conditions = Conditions(_on_cpu(conditions.grid), _on_cpu(conditions.labels))
         for row in range(grid.shape[1]):
             for column in range(grid.shape[2]):
                 features = self._prior.features_at(grid, row, column, conditions)
@@ -145,6 +146,10 @@ def _cumulative(logits: Tensor) -> list[int]:
     shares = torch.softmax(logits.double(), dim=0).numpy()
     frequencies = rans.quantize_frequencies(shares[None])[0]
     return [0, *np.cumsum(frequencies).tolist()]
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 def _checksum(grid: Tensor) -> int:

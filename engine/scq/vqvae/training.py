@@ -161,7 +161,7 @@ def _rows_of(conditions: Conditions, rows: Tensor) -> Conditions:
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
     """Linear warm-up, then a cosine to a twentieth."""
-    ramp = min(1.0, (step + 1) / _WARMUP_STEPS)
+    ramp = min(1.0, (step + 1) / max(1, min(_WARMUP_STEPS, steps // 10)))
     falling = 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
     for group in optimizer.param_groups:
         group["lr"] = rate * ramp * falling
