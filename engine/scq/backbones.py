@@ -119,7 +119,8 @@ class TransformerBlock(nn.Module):
         tokens = tokens + self._attend(self.before_attention(tokens))
         hidden = functional.silu(self.widen(self.before_mlp(tokens)))
         tokens = tokens + self.narrow(hidden)
-        return tokens.transpose(1, 2).reshape(features.shape)
+        mixed: Tensor = tokens.transpose(1, 2).reshape(features.shape)
+        return mixed
 
     def _attend(self, tokens: Tensor) -> Tensor:
         batch, count, width = tokens.shape

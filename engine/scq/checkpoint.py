@@ -33,10 +33,10 @@ class TrainingState:
     step: int = 0
 
 
-def new_state(config: TrainConfig) -> TrainingState:
+def new_state(config: TrainConfig, device: torch.device | str = "cpu") -> TrainingState:
     """Fresh weights from the config's seed; the codebook has a learning rate of its own."""
     torch.manual_seed(config.seed)
-    model, average = (_channels_last(ScqAutoencoder(config.model)) for _ in range(2))
+    model, average = (_channels_last(ScqAutoencoder(config.model)).to(device) for _ in range(2))
     average.load_state_dict(model.state_dict())
     codebook = model.quantizer.codebook
     others = [parameter for parameter in model.parameters() if parameter is not codebook]
@@ -47,7 +47,7 @@ def new_state(config: TrainConfig) -> TrainingState:
             {"params": [codebook], "weight_decay": 0.0, "rate_factor": factor},
         ]
     )
-    usage = torch.zeros(config.model.num_codes, dtype=torch.int64)
+    usage = torch.zeros(config.model.num_codes, dtype=torch.int64, device=device)
     return TrainingState(model, average.eval().requires_grad_(False), optimizer, usage)
 
 
@@ -70,7 +70,7 @@ def restore_state(state: TrainingState, config: TrainConfig, path: Path) -> None
             raise ScqError(f"{path}: written by a different training config")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     state.step = int(metadata["step"])
-    state.usage = tensors["usage"]
+    state.usage.copy_(tensors["usage"])
     state.model.load_state_dict(_with_prefix(tensors, "model."))
     state.average.load_state_dict(_with_prefix(tensors, "average."))
     _load_moments(state.optimizer, _with_prefix(tensors, "optimizer."))

@@ -14,16 +14,22 @@ import torch
 
 from scq.data import GTSRB_CLASSES, CropConfig, ImageSet
 from scq.errors import ScqError
+from scq.experiments import experiment_names, load_experiment
 from scq.model import ModelConfig, ScqAutoencoder, load_model
 from scq.training import (
     PRESETS,
     TrainConfig,
+    Trainer,
+    TrainOptions,
     TrainProgress,
+    reference_of,
     split,
+    support_sizes,
     train,
     validate,
     with_classes,
 )
+from scq.training_parallel import choose_device
 
 TINY = TrainConfig(
     model=ModelConfig(
@@ -126,7 +132,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
             train(config, images, tmp_path / "parts", progress=watch)
 
     stop_after(10)
-    resumed = train(config, images, tmp_path / "parts", resume=True)
+    resumed = train(config, images, tmp_path / "parts", options=TrainOptions(resume=True))
     assert resumed.model_hash == whole.model_hash
     assert log_column(tmp_path / "parts", "step") == [str(step) for step in range(1, 19)]
 
@@ -134,11 +140,11 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 def test_resuming_needs_a_checkpoint_of_the_same_config(tmp_path: Path) -> None:
     images = two_colour_pictures()
     with pytest.raises(ScqError, match="no checkpoint to resume"):
-        train(TINY, images, tmp_path, resume=True)
+        train(TINY, images, tmp_path, options=TrainOptions(resume=True))
     short = replace(TINY, identity_steps=2, soft_steps=0, lattice_steps=1, finetune_steps=0)
     train(short, images, tmp_path)
     with pytest.raises(ScqError, match="different training config"):
-        train(replace(short, seed=5), images, tmp_path, resume=True)
+        train(replace(short, seed=5), images, tmp_path, options=TrainOptions(resume=True))
 
 
 def test_pictures_without_classes_train_a_model_without_head(tmp_path: Path) -> None:
@@ -210,7 +216,7 @@ def test_hold_out_modes(mode: Literal["tail", "random", "none"]) -> None:
 
 
 def test_configs_survive_json() -> None:
-    for config in (TINY, *PRESETS.values()):
+    for config in (TINY, *PRESETS.values(), *map(load_experiment, experiment_names())):
         assert TrainConfig.from_json(config.to_json()) == config
 
 
@@ -237,12 +243,52 @@ def test_configs_name_the_bad_field(name: str, value: object) -> None:
         replace(TINY, **{name: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", [*PRESETS, *experiment_names()])
+def test_every_preset_and_experiment_trains(name: str, tmp_path: Path) -> None:
+    config = PRESETS[name] if name in PRESETS else load_experiment(name)
+    assert config.model.name == name
+    size = config.model.stride * 2 if config.model.kind == "frame" else config.crop.size
+    pictures = two_colour_pictures(6)
+    short = replace(
+        config,
+        crop=replace(config.crop, size=size),
+        head_crop=None if config.head_crop is None else replace(config.head_crop, size=size),
+        model=slim(config.model),
+        identity_steps=2,
+        soft_steps=1,
+        lattice_steps=2,
+        finetune_steps=1,
+        head_steps=min(config.head_steps, 1),
+        polish_steps=min(config.polish_steps, 1),
+        bfloat16=False,
+        batch_size=4,
+        hold_out="none",
+    )
+    result = train(short, pictures, tmp_path)
+    assert load_model(result.model_path).config.classes == short_classes(config)
+
+
+def slim(model: ModelConfig) -> ModelConfig:
+    """The same layout with a quarter of the channels and few codes."""
+    return replace(
+        model,
+        num_codes=8,
+        encoder_widths=tuple(width // 4 for width in model.encoder_widths),
+        decoder_widths=tuple(width // 4 for width in model.decoder_widths),
+        head_width=model.head_width // 4,
+    )
+
+
+def short_classes(config: TrainConfig) -> tuple[str, ...]:
+    return ("cold", "warm") if config.class_weight else ()
+
+
 @pytest.mark.parametrize("name", ["nav", "food", "sign32"])
-def test_presets_stay_under_three_megabytes(name: str) -> None:
+def test_presets_stay_small(name: str) -> None:
     classes = {"nav": 0, "food": 10, "sign32": 43}[name]
     config = replace(PRESETS[name].model, classes=tuple(f"c{i}" for i in range(classes)))
     parameters = sum(item.numel() for item in ScqAutoencoder(config).parameters())
-    assert 2 * parameters <= 3_000_000 - 20_000
+    assert 2 * parameters <= 5_300_000
 
 
 def test_validation_sees_uneven_sizes_and_limits(tmp_path: Path) -> None:
@@ -253,3 +299,60 @@ def test_validation_sees_uneven_sizes_and_limits(tmp_path: Path) -> None:
     figures = validate(model, ragged, limit=2)
     assert math.isfinite(figures.psnr_db)
     assert math.isnan(figures.accuracy)
+
+
+def test_a_reference_classifier_learns_from_unquantized_latents(tmp_path: Path) -> None:
+    config = reference_of(TINY)
+    assert config.phase(config.total_steps - 1) == "identity"
+    result = train(config, two_colour_pictures(), tmp_path)
+    assert result.validation_accuracy == 1
+    with pytest.raises(ScqError, match="no class loss"):
+        reference_of(PRESETS["nav"])
+
+
+def test_a_feature_loss_needs_and_uses_features(tmp_path: Path) -> None:
+    config = replace(
+        TINY, identity_steps=3, soft_steps=1, lattice_steps=2, finetune_steps=0, head_steps=0
+    )
+    config = replace(config, feature_weight=0.5)
+    images = two_colour_pictures()
+    with pytest.raises(ScqError, match="feature_weight is set"):
+        train(config, images, tmp_path)
+    edges = torch.nn.Conv2d(3, 4, 3, stride=2).requires_grad_(False)
+    losses: list[list[float]] = []
+    for features in (edges, lambda pictures: [pictures, pictures.mean(dim=(2, 3))]):
+        heard: list[TrainProgress] = []
+        options = TrainOptions(features=features)
+        train(config, images, tmp_path, progress=heard.append, options=options)
+        losses.append([item.loss for item in heard])
+    assert all(map(math.isfinite, (*losses[0], *losses[1])))
+    assert losses[0] != losses[1]
+
+
+def test_nested_dropout_uses_every_smaller_support() -> None:
+    model = replace(TINY.model, max_support=4)
+    sizes = support_sizes(np.linspace(0, 0.999, 1000), replace(TINY, model=model))
+    assert [int((sizes == size).sum()) for size in (1, 2, 3, 4)] == pytest.approx(
+        [33, 33, 33, 900], abs=2
+    )
+    single = replace(TINY, model=replace(TINY.model, max_support=1))
+    assert set(support_sizes(np.zeros(3), single)) == {1}
+
+
+def test_lambda_rises_over_the_soft_phase(tmp_path: Path) -> None:
+    config = replace(TINY, identity_steps=2, soft_steps=4, class_weight=0.0, head_steps=0)
+    trainer = Trainer(config, two_colour_pictures(), None, tmp_path, TrainOptions())
+    seen = []
+    for _ in range(6):
+        trainer.step()
+        seen.append(trainer.state.model.quantizer.config.lam)
+    assert seen[2:] == pytest.approx([0.0325, 0.055, 0.0775, 0.1])
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ScqError, match="unknown device 'tpu'"):
+        choose_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ScqError, match="no CUDA device"):
+            choose_device("cuda")
