@@ -61,7 +61,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class FuzzLimits:
-    """When to stop, and how long one frame may take."""
+    """When to stop, and how much processor time one frame may take."""
 
     num_bytes: int
     seconds_per_frame: float = 2.0
@@ -69,7 +69,10 @@ class FuzzLimits:
 
 @dataclass
 class FuzzReport:
-    """Counts of one run. outcomes: by mutation and result. slowest: seconds of one frame."""
+    """Counts of one run.
+
+    outcomes: frames by mutation and result. slowest: processor seconds of one frame.
+    """
 
     num_frames: int = 0
     num_bytes: int = 0
@@ -143,7 +146,7 @@ def repaired(codes: bytes, subject: Subject) -> bytes:
 
 
 def _try(codes: bytes, subject: Subject, partial: bool, name: str, report: FuzzReport) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         frame = unpack(
             codes,
@@ -162,7 +165,7 @@ def _try(codes: bytes, subject: Subject, partial: bool, name: str, report: FuzzR
     else:
         result = "decoded" if frame.complete else "base layer"
         _check(frame, codes, subject)
-    report.slowest = max(report.slowest, time.perf_counter() - started)
+    report.slowest = max(report.slowest, time.process_time() - started)
     report.num_frames += 1
     report.num_bytes += len(codes)
     report.outcomes[name, result] += 1
@@ -289,7 +292,7 @@ _MUTATIONS: dict[str, _Mutation] = {
 def main(
     num_bytes: Annotated[int, typer.Option("--bytes", help="Stop after this many bytes.")] = 10**7,
     seed: Annotated[int, typer.Option(help="Same seed, same frames.")] = 1,
-    limit: Annotated[float, typer.Option(help="Seconds that one frame may take.")] = 2.0,
+    limit: Annotated[float, typer.Option(help="Processor seconds that one frame may take.")] = 2.0,
 ) -> None:
     """Feed the SCQ1 parser hostile bytes; exits with an error for the first mishandled frame."""
     with typer.progressbar(length=num_bytes, label="fuzzing") as bar:
