@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 from grpc import StatusCode
+from typer.testing import CliRunner
 
+from vqclient.cli.app import app
 from vqclient.testing import FakeGenerationService, FakeTokenizerService, refusal, serve
 
+VECTORS = Path(__file__).parents[2] / "clients" / "conformance" / "vectors.json"
 TIMEOUT = 240  # only so that a hang ends
 
 
@@ -87,11 +91,17 @@ def run(start: Start) -> Run:
     return run_vqclient
 
 
-async def test_encode_then_decode_gives_the_file_back(run: Run, tmp_path: Path) -> None:
+async def test_encode_then_decode_gives_the_file_back(
+    run: Run, tokenizer: FakeTokenizerService, tmp_path: Path
+) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"a photograph")
-    encoded = await run("encode", "photo.jpg", "-o", "photo.scq")
-    decoded = await run("decode", "photo.scq", "-o", "back.png")
+    options = ("--rate-weight", "0.5", "--tile", "4", "--entropy", "raw")
+    encoded = await run("encode", "photo.jpg", "-o", "photo.scq", *options)
+    (tmp_path / "photo.scq").write_bytes((tmp_path / "photo.scq").read_bytes()[:-1])
+    decoded = await run("decode", "photo.scq", "-o", "back.png", "--partial")
     assert (encoded.code, decoded.code) == (0, 0)
+    assert (tokenizer.encodings[0].tile_side, tokenizer.encodings[0].rate_weight) == (4, 0.5)
+    assert "the codes were cut, so this is their base layer" in decoded.out
     assert "photo.scq: 36 bytes, 0.0938 bpp, 64x48, model nav" in encoded.out
     assert (tmp_path / "back.png").read_bytes() == b"a photograph"
 
@@ -163,10 +173,12 @@ async def test_a_failed_turn_does_not_end_the_conversation(
 
 async def test_stream_reports_rate_latency_and_drops(run: Run, tmp_path: Path) -> None:
     long_video(tmp_path / "clip.mp4")
-    shown = await run("stream", "clip.mp4", "--no-paced", "--max-frames", "6", "--size", "32x32")
+    options = ("--no-paced", "--max-frames", "6", "--size", "32x32", "--keyframe-interval", "5")
+    shown = await run("stream", "clip.mp4", *options)
     assert shown.code == 0, shown.err
     assert "frames answered │ 6 in" in shown.out
-    assert "0.0938 bpp" in shown.out
+    assert "key frames      │ 2 of 36 bytes each" in shown.out
+    assert "delta frames    │ 4 of 26 bytes each" in shown.out
     assert "0 before sending, 0 by age" in shown.out
 
 
@@ -178,6 +190,37 @@ async def test_stream_whose_every_frame_fails_exits_2(
     shown = await run("stream", "clip.mp4", "--no-paced", "--max-frames", "2")
     assert shown.code == 2
     assert "every frame failed; the last: CORRUPT_CODES: told to fail" in shown.err
+
+
+async def test_fetch_writes_the_files_that_a_device_needs(run: Run, tmp_path: Path) -> None:
+    fetched = await run("fetch", "nav", "-o", "phone/nav")
+    assert fetched.code == 0, fetched.err
+    assert (tmp_path / "phone" / "nav" / "encoder.onnx").stat().st_size == 1_000_000
+    assert "codebook.bin: 8,192 bytes" in fetched.out
+
+
+def inspected(path: Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["inspect", str(path)], terminal_width=100)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_inspect_needs_no_server(tmp_path: Path) -> None:
+    vectors = json.loads(VECTORS.read_text())["vectors"]
+    delta = next(v for v in vectors if not v.get("refused") and v["header"]["reference"])
+    path = tmp_path / "delta.scq"
+    path.write_bytes(bytes.fromhex(delta["codes"]))
+    code, out, _ = inspected(path)
+    assert code == 0
+    assert "delta, rans" in out
+    assert "holds" in out
+    assert f"fingerprint {delta['header']['reference']:08x}" in out
+
+
+def test_inspect_says_why_bytes_are_no_codes(tmp_path: Path) -> None:
+    path = tmp_path / "old.scq"
+    path.write_bytes(b"SQ\x01" + bytes(20))
+    code, _, err = inspected(path)
+    assert (code, "version 1 of SCQ1 is no longer read" in err) == (2, True)
 
 
 async def interrupt(process: asyncio.subprocess.Process, is_running: Callable[[], bool]) -> None:

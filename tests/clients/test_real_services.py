@@ -29,7 +29,7 @@ from vqclient import (
     VqError,
     collect,
 )
-from vqclient.types import is_codes
+from vqclient.scq1 import is_codes
 
 MODEL = "labelled"
 START_SECONDS = 240.0  # torch is slow to import while other work has the machine

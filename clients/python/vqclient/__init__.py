@@ -16,17 +16,23 @@ from vqclient.errors import (
     UnimplementedError,
     VqError,
 )
+from vqclient.frame_stream import FrameStream
 from vqclient.generation import GenerationClient, collect
 from vqclient.retry import NO_RETRY, RetryPolicy
+from vqclient.scq1 import CodesHeader, HeaderError, is_codes, parse_header
 from vqclient.tokenizer import TokenizerClient
 from vqclient.types import (
+    Artifact,
     Codebook,
+    Coding,
     Completion,
     Decoded,
     Encoded,
+    EntropyMode,
     FinishReason,
     Frame,
     FrameResult,
+    FrameType,
     ImageFormat,
     Label,
     LanguageModel,
@@ -43,18 +49,25 @@ from vqclient.types import (
 __all__ = [
     "NO_RETRY",
     "AlreadyExistsError",
+    "Artifact",
     "CallCancelledError",
     "ClientOptions",
     "Codebook",
+    "CodesHeader",
+    "Coding",
     "Completion",
     "DeadlineExceededError",
     "Decoded",
     "Encoded",
+    "EntropyMode",
     "FailedPreconditionError",
     "FinishReason",
     "Frame",
     "FrameResult",
+    "FrameStream",
+    "FrameType",
     "GenerationClient",
+    "HeaderError",
     "ImageFormat",
     "InternalError",
     "InvalidArgumentError",
@@ -80,4 +93,6 @@ __all__ = [
     "Usage",
     "VqError",
     "collect",
+    "is_codes",
+    "parse_header",
 ]

@@ -15,12 +15,16 @@ from grpc import StatusCode
 
 from vqclient.errors import InternalError, InvalidArgumentError, frame_error
 from vqclient.types import (
+    Artifact,
     Codebook,
+    Coding,
     Decoded,
     Encoded,
+    EntropyMode,
     FinishReason,
     Frame,
     FrameResult,
+    FrameType,
     ImageFormat,
     Label,
     LanguageModel,
@@ -51,6 +55,15 @@ _OPERATIONS = {
     Operation.DECODE: tokenizer_pb2.STREAM_OPERATION_DECODE,
     Operation.RECOGNIZE: tokenizer_pb2.STREAM_OPERATION_RECOGNIZE,
 }
+_ENTROPIES = {
+    EntropyMode.AUTO: tokenizer_pb2.ENTROPY_MODE_UNSPECIFIED,
+    EntropyMode.RAW: tokenizer_pb2.ENTROPY_MODE_RAW,
+    EntropyMode.RANS: tokenizer_pb2.ENTROPY_MODE_RANS,
+}
+_FRAME_TYPES = {
+    tokenizer_pb2.FRAME_TYPE_KEY: FrameType.KEY,
+    tokenizer_pb2.FRAME_TYPE_DELTA: FrameType.DELTA,
+}
 _KINDS = {tokenizer_pb2.MODEL_KIND_FRAME: "frame", tokenizer_pb2.MODEL_KIND_CROP: "crop"}
 _FINISH_REASONS = {
     generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -75,6 +88,14 @@ def format_number(image_format: ImageFormat) -> tokenizer_pb2.ImageFormat.ValueT
     return _FORMATS[image_format]
 
 
+def coding_options(coding: Coding) -> tokenizer_pb2.CodingOptions:
+    return tokenizer_pb2.CodingOptions(
+        entropy=_ENTROPIES[coding.entropy],
+        tile_side=coding.tile_side,
+        rate_weight=coding.rate_weight,
+    )
+
+
 def encoded(reply: tokenizer_pb2.EncodeResponse) -> Encoded:
     return Encoded(
         codes=reply.codes,
@@ -84,6 +105,8 @@ def encoded(reply: tokenizer_pb2.EncodeResponse) -> Encoded:
         bpp=reply.bpp,
         source_bytes=reply.source_bytes,
         timings=_timings(reply.timings),
+        frame_type=_FRAME_TYPES.get(reply.frame_type),
+        base_bytes=reply.base_bytes,
     )
 
 
@@ -95,13 +118,14 @@ def decoded(reply: tokenizer_pb2.DecodeResponse) -> Decoded:
         width=reply.width,
         height=reply.height,
         timings=_timings(reply.timings),
+        complete=reply.complete,
     )
 
 
 def recognize_request(
-    image: bytes, codes: bytes, model: str, top_k: int
+    image: bytes, codes: bytes, model: str, top_k: int, allow_partial: bool
 ) -> tokenizer_pb2.RecognizeRequest:
-    request = tokenizer_pb2.RecognizeRequest(model=model, top_k=top_k)
+    request = tokenizer_pb2.RecognizeRequest(model=model, top_k=top_k, allow_partial=allow_partial)
     if codes:
         request.codes = codes
     else:
@@ -115,6 +139,7 @@ def recognized(reply: tokenizer_pb2.RecognizeResponse) -> Recognized:
         model=reply.model,
         coded_bytes=reply.coded_bytes,
         timings=_timings(reply.timings),
+        complete=reply.complete,
     )
 
 
@@ -132,11 +157,27 @@ def tokenizer_model(info: tokenizer_pb2.ModelInfo) -> TokenizerModel:
         classes=tuple(info.classes),
         max_width=info.max_width,
         max_height=info.max_height,
+        codebook_exponent=info.codebook_exponent,
+        has_entropy_tables=info.has_entropy_tables,
     )
 
 
 def codebook(reply: tokenizer_pb2.GetModelResponse) -> Codebook:
-    return Codebook(model=tokenizer_model(reply.model), data=reply.codebook)
+    return Codebook(
+        model=tokenizer_model(reply.model),
+        data=reply.codebook,
+        artifacts=tuple(artifact(file) for file in reply.artifacts),
+    )
+
+
+def artifact(file: tokenizer_pb2.Artifact) -> Artifact:
+    return Artifact(
+        name=file.name,
+        media_type=file.media_type,
+        size_bytes=file.size_bytes,
+        sha256=file.sha256,
+        data=file.data,
+    )
 
 
 def stream_config(
@@ -148,12 +189,18 @@ def stream_config(
         format=_FORMATS[options.format],
         top_k=options.top_k,
         max_age_ms=options.max_age_ms,
+        model_hash=options.model_hash,
+        coding=coding_options(options.coding),
+        keyframe_interval=options.keyframe_interval or 0,
+        allow_partial=options.allow_partial,
     )
     return tokenizer_pb2.StreamFramesRequest(config=config)
 
 
 def stream_frame(frame: Frame) -> tokenizer_pb2.StreamFramesRequest:
-    message = tokenizer_pb2.StreamFrame(seq=frame.seq, capture_ns=frame.capture_ns)
+    message = tokenizer_pb2.StreamFrame(
+        seq=frame.seq, capture_ns=frame.capture_ns, request_keyframe=frame.request_keyframe
+    )
     if frame.codes:
         message.codes = frame.codes
     else:
@@ -175,6 +222,10 @@ def frame_result(result: tokenizer_pb2.FrameResult) -> FrameResult:
         timings=_timings(result.timings),
         error=error,
         dropped_before=result.dropped_before,
+        frame_type=_FRAME_TYPES.get(result.frame_type),
+        keyframe_needed=result.keyframe_needed,
+        complete=result.complete,
+        base_bytes=result.base_bytes,
     )
 
 

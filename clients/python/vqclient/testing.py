@@ -27,7 +27,10 @@ from vqstack.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 Context = grpc.aio.ServicerContext[Any, Any]
 
 FAKE_WIDTH, FAKE_HEIGHT = 64, 48
-_HEADER = b"SQ\x01\x00"
+# Key and delta frames of a 64x48 picture; their checks do not hold.
+_KEY_HEADER = b"\x53\x20" + b"\xab" * 4 + bytes(4) + bytes([FAKE_WIDTH, FAKE_HEIGHT])
+_DELTA_HEADER = b"\x53\x23" + b"\xab" * 4 + bytes(8)
+_ARTIFACTS = {"codebook.bin": bytes(256 * 16 * 2), "encoder.onnx": b"graph" * 200_000}
 
 
 def refusal(
@@ -73,7 +76,12 @@ class FakeCalls:
 
 
 class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
-    """The model "nav" only. `bad_seqs` of a stream fail, `dropped_seqs` are never answered."""
+    """The model "nav" only. `bad_seqs` of a stream fail, `dropped_seqs` are never answered.
+
+    Streams begin with a key frame; delta frames follow unless a key frame is asked for or due. A
+    decode stream wants a key frame after a bad one. `configs` and `keyframe_seqs` remember what
+    was asked.
+    """
 
     def __init__(self, *, delay: float = 0.0) -> None:
         self.calls = FakeCalls(delay=delay)
@@ -83,6 +91,9 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.num_answered = 0
         self._num_unanswered = 0
         self.top_k = 0
+        self.encodings: list[tokenizer_pb2.CodingOptions] = []
+        self.configs: list[tokenizer_pb2.StreamConfig] = []
+        self.keyframe_seqs: list[int] = []
         self._images: dict[bytes, bytes] = {}
 
     async def Encode(
@@ -90,6 +101,7 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> tokenizer_pb2.EncodeResponse:
         await self.calls.begin(context)
         await self._require_model(request.model, context)
+        self.encodings.append(request.coding)
         codes = self._encode(request.image)
         return tokenizer_pb2.EncodeResponse(
             codes=codes,
@@ -99,16 +111,21 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             bpp=_bpp(codes),
             source_bytes=len(request.image),
             timings=[tokenizer_pb2.StageTiming(stage="encoder", seconds=0.001)],
+            frame_type=tokenizer_pb2.FRAME_TYPE_KEY,
+            base_bytes=len(codes) // 2,
         )
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: Context
     ) -> tokenizer_pb2.DecodeResponse:
         await self.calls.begin(context)
-        if request.codes not in self._images:
+        image = self._image_of(request.codes, request.allow_partial)
+        if image is None:
             await _refuse_codes(context)
+            raise AssertionError("abort_with_status returned")
         return tokenizer_pb2.DecodeResponse(
-            image=self._images[request.codes],
+            image=image,
+            complete=request.codes in self._images,
             format=request.format,
             model="nav",
             width=FAKE_WIDTH,
@@ -124,14 +141,16 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             await self._require_model(request.model, context)
         codes = request.codes or self._encode(request.image)
         return tokenizer_pb2.RecognizeResponse(
-            labels=_fake_labels(), model="nav", coded_bytes=len(codes)
+            labels=_fake_labels(), model="nav", coded_bytes=len(codes), complete=True
         )
 
     async def StreamFrames(
         self, request_iterator: AsyncIterator[tokenizer_pb2.StreamFramesRequest], context: Context
     ) -> AsyncIterator[tokenizer_pb2.StreamFramesResponse]:
         config = (await anext(request_iterator)).config
+        self.configs.append(config)
         await self.calls.begin(context)
+        chain = _FakeChain(config.keyframe_interval or 4)
         ready = tokenizer_pb2.StreamReady(model=_fake_model(), max_payload_bytes=1 << 20)
         yield tokenizer_pb2.StreamFramesResponse(ready=ready)
         received: asyncio.Queue[tokenizer_pb2.StreamFrame | None] = asyncio.Queue()
@@ -144,7 +163,7 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 if frame.seq in self.dropped_seqs:
                     num_dropped += 1
                     continue
-                result = self._answer(frame, config.operation)
+                result = self._answer(frame, config.operation, chain)
                 result.dropped_before, num_dropped = num_dropped, 0
                 self.num_answered += 1
                 yield tokenizer_pb2.StreamFramesResponse(result=result)
@@ -162,26 +181,68 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> tokenizer_pb2.GetModelResponse:
         await self.calls.begin(context)
         await self._require_model(request.model, context)
-        return tokenizer_pb2.GetModelResponse(model=_fake_model(), codebook=bytes(256 * 16 * 4))
+        listed = [_fake_artifact(name, with_data=name in request.artifacts) for name in _ARTIFACTS]
+        return tokenizer_pb2.GetModelResponse(
+            model=_fake_model(), codebook=bytes(256 * 16 * 4), artifacts=listed
+        )
 
-    def _encode(self, image: bytes) -> bytes:
-        codes = _HEADER + hashlib.sha256(image).digest()
+    async def GetModelArtifact(
+        self, request: tokenizer_pb2.GetModelArtifactRequest, context: Context
+    ) -> AsyncIterator[tokenizer_pb2.GetModelArtifactResponse]:
+        """In chunks of 100,000 bytes; a failure that is due breaks off after the first."""
+        failure = self.calls.failures.popleft() if self.calls.failures else None
+        await self.calls.begin(context)
+        if request.name not in _ARTIFACTS:
+            status = refusal(StatusCode.NOT_FOUND, "no such artifact", reason="UNKNOWN_ARTIFACT")
+            await context.abort_with_status(rpc_status.to_status(status))
+        data = _ARTIFACTS[request.name]
+        for start in range(request.offset, len(data), 100_000):
+            yield tokenizer_pb2.GetModelArtifactResponse(
+                artifact=_fake_artifact(request.name) if start == request.offset else None,
+                chunk=data[start : start + 100_000],
+            )
+            if failure is not None:
+                await context.abort_with_status(rpc_status.to_status(failure))
+
+    def _encode(self, image: bytes, header: bytes = _KEY_HEADER) -> bytes:
+        codes = header + hashlib.sha256(image).digest()[: 24 if header is _KEY_HEADER else 12]
         self._images[codes] = image
         return codes
 
+    def _image_of(self, codes: bytes, allow_partial: bool) -> bytes | None:
+        """What was encoded; a prefix finds it when partial codes are allowed."""
+        if codes in self._images or not allow_partial:
+            return self._images.get(codes)
+        return next(
+            (self._images[whole] for whole in self._images if whole.startswith(codes)), None
+        )
+
     def _answer(
-        self, frame: tokenizer_pb2.StreamFrame, operation: int
+        self, frame: tokenizer_pb2.StreamFrame, operation: int, chain: _FakeChain
     ) -> tokenizer_pb2.FrameResult:
         result = tokenizer_pb2.FrameResult(seq=frame.seq, capture_ns=frame.capture_ns)
+        if frame.request_keyframe:
+            self.keyframe_seqs.append(frame.seq)
         if frame.seq in self.bad_seqs:
             result.error.code = StatusCode.INVALID_ARGUMENT.value[0]
             result.error.reason, result.error.message = "CORRUPT_CODES", "told to fail"
-        elif operation == tokenizer_pb2.STREAM_OPERATION_DECODE:
+            chain.is_broken = result.keyframe_needed = bool(frame.codes)
+            return result
+        if frame.codes and not chain.follows(frame.codes):
+            result.error.code = StatusCode.INVALID_ARGUMENT.value[0]
+            result.error.reason, result.error.message = "REFERENCE_MISMATCH", "no reference"
+            result.keyframe_needed = True
+            return result
+        result.complete = True
+        result.frame_type = chain.type_of(frame)
+        if operation == tokenizer_pb2.STREAM_OPERATION_DECODE:
             result.image = self._images[frame.codes]
         elif operation == tokenizer_pb2.STREAM_OPERATION_RECOGNIZE:
             result.labels.extend(_fake_labels())
         else:
-            result.codes = self._encode(frame.image)
+            is_key = result.frame_type == tokenizer_pb2.FRAME_TYPE_KEY
+            header = _KEY_HEADER if is_key else _DELTA_HEADER
+            result.codes = self._encode(frame.image, header)
             result.bpp = _bpp(result.codes)
         return result
 
@@ -205,6 +266,30 @@ class FakeTokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 field_name="model",
             )
             await context.abort_with_status(rpc_status.to_status(status))
+
+
+class _FakeChain:
+    """Which frames of one stream are key frames, and whether delta frames can be read."""
+
+    def __init__(self, interval: int) -> None:
+        self.is_broken = True
+        self._interval = interval
+        self._since_key = interval
+
+    def follows(self, codes: bytes) -> bool:
+        """Whether these codes can be read after what came before."""
+        if codes.startswith(_KEY_HEADER):
+            self.is_broken = False
+        return not self.is_broken
+
+    def type_of(self, frame: tokenizer_pb2.StreamFrame) -> tokenizer_pb2.FrameType.ValueType:
+        """The type of the codes received, or of the next ones that are made."""
+        if frame.codes:
+            is_key = frame.codes.startswith(_KEY_HEADER)
+        else:
+            is_key = frame.request_keyframe or self._since_key >= self._interval
+            self._since_key = 1 if is_key else self._since_key + 1
+        return tokenizer_pb2.FRAME_TYPE_KEY if is_key else tokenizer_pb2.FRAME_TYPE_DELTA
 
 
 class FakeGenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -292,6 +377,17 @@ def _fake_labels() -> list[tokenizer_pb2.Label]:
         tokenizer_pb2.Label(name="bibimbap", score=0.75, class_index=2),
         tokenizer_pb2.Label(name="pizza", score=0.25, class_index=7),
     ]
+
+
+def _fake_artifact(name: str, *, with_data: bool = False) -> tokenizer_pb2.Artifact:
+    data = _ARTIFACTS[name]
+    return tokenizer_pb2.Artifact(
+        name=name,
+        media_type="application/octet-stream",
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        data=data if with_data else b"",
+    )
 
 
 def _fake_model() -> tokenizer_pb2.ModelInfo:

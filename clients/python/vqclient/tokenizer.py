@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import ClassVar
 
 from vqclient import convert, stream
 from vqclient.channel import ClientOptions
 from vqclient.client import Metadata, ServiceClient
+from vqclient.download import download
+from vqclient.frame_stream import FrameStream
 from vqclient.types import (
+    Artifact,
     Codebook,
+    Coding,
     Decoded,
     Encoded,
     Frame,
@@ -24,6 +28,7 @@ from vqclient.types import (
 from vqstack.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
 DEFAULT_TOKENIZER_ADDRESS = "127.0.0.1:50051"
+DEFAULT_CODING = Coding()
 
 
 class TokenizerClient(ServiceClient):
@@ -41,10 +46,19 @@ class TokenizerClient(ServiceClient):
         self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
 
     async def encode(
-        self, image: bytes, *, model: str = "nav", timeout: float | None = None
+        self,
+        image: bytes,
+        *,
+        model: str = "nav",
+        coding: Coding = DEFAULT_CODING,
+        timeout: float | None = None,
     ) -> Encoded:
-        """Codes of one image file (JPEG, PNG or WebP)."""
-        request = tokenizer_pb2.EncodeRequest(model=model, image=image)
+        """Codes of one image file (JPEG, PNG or WebP): a key frame."""
+        request = convert.build(
+            lambda: tokenizer_pb2.EncodeRequest(
+                model=model, image=image, coding=convert.coding_options(coding)
+            )
+        )
         return convert.encoded(await self._unary(self._stub.Encode, request, timeout))
 
     async def decode(
@@ -52,10 +66,16 @@ class TokenizerClient(ServiceClient):
         codes: bytes,
         *,
         format: ImageFormat = ImageFormat.PNG,
+        allow_partial: bool = False,
         timeout: float | None = None,
     ) -> Decoded:
-        """The picture that codes stand for, of the original's size."""
-        request = tokenizer_pb2.DecodeRequest(codes=codes, format=convert.format_number(format))
+        """The picture that a key frame stands for, of the original's size.
+
+        With `allow_partial` a frame that was cut is decoded as far as it goes.
+        """
+        request = tokenizer_pb2.DecodeRequest(
+            codes=codes, format=convert.format_number(format), allow_partial=allow_partial
+        )
         return convert.decoded(await self._unary(self._stub.Decode, request, timeout))
 
     async def recognize(
@@ -65,12 +85,15 @@ class TokenizerClient(ServiceClient):
         codes: bytes = b"",
         model: str = "",
         top_k: int = 5,
+        allow_partial: bool = False,
         timeout: float | None = None,
     ) -> Recognized:
         """Labels of an image (`model` needed) or of codes (which name their model)."""
         if bool(image) == bool(codes):
             raise ValueError("recognize needs exactly one of image and codes, and not empty")
-        request = convert.build(lambda: convert.recognize_request(image, codes, model, top_k))
+        request = convert.build(
+            lambda: convert.recognize_request(image, codes, model, top_k, allow_partial)
+        )
         return convert.recognized(await self._unary(self._stub.Recognize, request, timeout))
 
     async def stream_frames(
@@ -100,13 +123,45 @@ class TokenizerClient(ServiceClient):
             async for result in results:
                 yield result
 
+    def open_stream(
+        self,
+        *,
+        model: str = "",
+        operation: Operation = Operation.ENCODE,
+        options: StreamOptions | None = None,
+        on_keyframe_needed: Callable[[], None] | None = None,
+    ) -> FrameStream:
+        """`stream_frames` for programs that send and receive in different places.
+
+        `on_keyframe_needed` is called when a result says so, for example another stream's
+        `request_keyframe`.
+        """
+        return FrameStream(
+            lambda frames: self.stream_frames(
+                frames, model=model, operation=operation, options=options
+            ),
+            on_keyframe_needed,
+        )
+
     async def models(self, *, timeout: float | None = None) -> tuple[TokenizerModel, ...]:
         """The loaded models, in alphabetical order."""
         request = tokenizer_pb2.ListModelsRequest()
         reply = await self._unary(self._stub.ListModels, request, timeout)
         return tuple(convert.tokenizer_model(info) for info in reply.models)
 
-    async def model(self, name: str, *, timeout: float | None = None) -> Codebook:
-        """One model, by name or hash, with its codebook."""
-        request = tokenizer_pb2.GetModelRequest(model=name)
+    async def model(
+        self, name: str, *, artifacts: Sequence[str] = (), timeout: float | None = None
+    ) -> Codebook:
+        """One model, by name or hash, with its codebook and a list of its files.
+
+        The files named in `artifacts` come with their contents, 3 MiB together at most.
+        """
+        request = tokenizer_pb2.GetModelRequest(model=name, artifacts=artifacts)
         return convert.codebook(await self._unary(self._stub.GetModel, request, timeout))
+
+    async def artifact(self, model: str, name: str, *, timeout: float | None = None) -> Artifact:
+        """One file of a model, of any size, compared with its SHA-256.
+
+        A download that breaks off is resumed where it stood.
+        """
+        return await download(self, self._stub.GetModelArtifact, model, name, timeout)

@@ -12,8 +12,6 @@ from types import MappingProxyType
 
 from vqclient.errors import VqError
 
-CODES_MAGIC = b"SQ"
-
 
 class ImageFormat(StrEnum):
     """File format of a decoded picture."""
@@ -31,17 +29,27 @@ class Operation(StrEnum):
     RECOGNIZE = "recognize"
 
 
+class EntropyMode(StrEnum):
+    """How lattice codes become bytes; AUTO takes the smaller of those that the model allows."""
+
+    AUTO = "auto"
+    RAW = "raw"
+    RANS = "rans"
+
+
+class FrameType(StrEnum):
+    """What a coded frame needs to be decoded: nothing, or the frame before it."""
+
+    KEY = "key"
+    DELTA = "delta"
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
-
-
-def is_codes(payload: bytes) -> bool:
-    """Whether `payload` begins like an SCQ1 frame rather than an image file."""
-    return payload.startswith(CODES_MAGIC)
 
 
 def _no_timings() -> Mapping[str, float]:
@@ -64,19 +72,54 @@ class TokenizerModel:
     classes: tuple[str, ...]
     max_width: int
     max_height: int
+    codebook_exponent: int = 0
+    has_entropy_tables: bool = False
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of a model; `data` is empty in listings."""
+
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+    data: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """A model with its codebook: num_codes rows of code_dim little-endian float32 values."""
+    """A model with its codebook and the files that a device can download.
+
+    `data`: num_codes rows of code_dim little-endian float32 values; empty for a codebook above
+    512 KiB, which the artifact "codebook.bin" has as integers q, the values being
+    q * 2^-model.codebook_exponent.
+    """
 
     model: TokenizerModel
     data: bytes = field(repr=False)
+    artifacts: tuple[Artifact, ...] = ()
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How pictures become codes.
+
+    `tile_side` in latents, 0 for one tile. `rate_weight` is the squared latent error that one bit
+    is worth: 0 takes the nearest codes, more saves bytes.
+    """
+
+    entropy: EntropyMode = EntropyMode.AUTO
+    tile_side: int = 0
+    rate_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Codes of one image; `bpp` counts every byte of `codes` over the original's pixels."""
+    """Codes of one image; `bpp` counts every byte of `codes` over the original's pixels.
+
+    The first `base_bytes` of the codes are enough for a coarser picture (`allow_partial`).
+    """
 
     codes: bytes = field(repr=False)
     model: str
@@ -85,11 +128,13 @@ class Encoded:
     bpp: float
     source_bytes: int
     timings: Mapping[str, float] = field(default_factory=_no_timings, repr=False)
+    frame_type: FrameType | None = None
+    base_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture file made from codes, of the original's size."""
+    """A picture file made from codes, of the original's size; incomplete when they were cut."""
 
     image: bytes = field(repr=False)
     format: ImageFormat
@@ -97,6 +142,7 @@ class Decoded:
     width: int
     height: int
     timings: Mapping[str, float] = field(default_factory=_no_timings, repr=False)
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,6 +162,7 @@ class Recognized:
     model: str
     coded_bytes: int
     timings: Mapping[str, float] = field(default_factory=_no_timings, repr=False)
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,12 +170,14 @@ class Frame:
     """One frame to stream: exactly one of `image` and `codes`.
 
     `seq` must grow along the stream; `capture_ns` is on the caller's own clock and comes back.
+    `request_keyframe` asks for this picture as a key frame.
     """
 
     seq: int
     image: bytes = field(default=b"", repr=False)
     codes: bytes = field(default=b"", repr=False)
     capture_ns: int = 0
+    request_keyframe: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.image) == bool(self.codes):
@@ -143,7 +192,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class FrameResult:
-    """The answer to one frame; `error` is set, and the rest empty, when this frame failed."""
+    """The answer to one frame; `error` is set, and the rest empty, when this frame failed.
+
+    `frame_type` is that of the codes made or received. `keyframe_needed`: the stream's following
+    delta frames cannot be read; the next key frame heals it. `complete` is False for a failed
+    frame and for one that was cut.
+    """
 
     seq: int
     capture_ns: int
@@ -154,6 +208,10 @@ class FrameResult:
     timings: Mapping[str, float] = field(default_factory=_no_timings, repr=False)
     error: VqError | None = None
     dropped_before: int = 0
+    frame_type: FrameType | None = None
+    keyframe_needed: bool = False
+    complete: bool = True
+    base_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,16 +221,27 @@ class StreamOptions:
     At most `max_in_flight` frames wait for their answers before the source is asked for more;
     None never waits (for load generators). `max_age_ms` lets the server drop stale frames; then
     a missing answer holds up the stream for that long at most. 0 never drops.
+    `keyframe_interval` frames lie between key frames: 1 for key frames only, None leaves it to the
+    server. `model_hash` (8 or more digits) is that of the codebook the caller holds: the server
+    refuses the stream when it has another. `allow_partial` reads frames that were cut.
     """
 
     format: ImageFormat = ImageFormat.PNG
     top_k: int = 5
     max_age_ms: int = 0
     max_in_flight: int | None = 8
+    coding: Coding = Coding()
+    keyframe_interval: int | None = None
+    model_hash: str = ""
+    allow_partial: bool = False
 
     def __post_init__(self) -> None:
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise ValueError(f"max_in_flight is {self.max_in_flight}; give at least 1, or None")
+        if self.keyframe_interval is not None and self.keyframe_interval < 1:
+            raise ValueError(
+                f"keyframe_interval is {self.keyframe_interval}; give at least 1, or None"
+            )
         if self.max_age_ms < 0 or self.top_k < 1:
             raise ValueError(
                 f"max_age_ms {self.max_age_ms} must not be negative, top_k {self.top_k} at least 1"

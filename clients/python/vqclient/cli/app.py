@@ -6,6 +6,7 @@ import typer
 
 from vqclient.cli import images
 from vqclient.cli.chat import chat
+from vqclient.cli.codes import fetch, inspect
 from vqclient.cli.config import connect
 from vqclient.cli.models import models
 from vqclient.cli.stream import stream
@@ -18,7 +19,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.callback()(connect)
-for function in (images.encode, images.decode, images.recognize, stream, chat, models):
+for function in (
+    images.encode,
+    images.decode,
+    images.recognize,
+    inspect,
+    stream,
+    chat,
+    models,
+    fetch,
+):
     app.command()(function)
 
 

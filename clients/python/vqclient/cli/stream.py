@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vqclient.cli.coding import EntropyOption, KeyframeOption, RateOption, TileOption
 from vqclient.cli.config import TokenizerAddress, connections
 from vqclient.cli.run import CliError, command, console
-from vqclient.tokenizer import TokenizerClient
-from vqclient.types import FrameResult, ImageFormat, Operation, StreamOptions
+from vqclient.types import (
+    Coding,
+    EntropyMode,
+    FrameResult,
+    FrameType,
+    ImageFormat,
+    Operation,
+    StreamOptions,
+)
 from vqclient.video import LiveFrames, VideoOptions, VideoReader, parse_size
 
 _REFRESH_SECONDS = 0.25
@@ -35,6 +44,8 @@ class StreamFigures:
     last_result_ns: int = 0
     latencies: list[float] = field(default_factory=list)
     coded_bytes: int = 0
+    bytes_by_type: Counter[FrameType] = field(default_factory=Counter)
+    frames_by_type: Counter[FrameType] = field(default_factory=Counter)
     bpp_sum: float = 0.0
     num_dropped_by_server: int = 0
     num_failed: int = 0
@@ -52,6 +63,9 @@ class StreamFigures:
         self.last_result_ns = time.monotonic_ns()
         self.latencies.append((self.last_result_ns - result.capture_ns) / 1e9)
         self.coded_bytes += len(result.codes)
+        if result.frame_type is not None:
+            self.frames_by_type[result.frame_type] += 1
+            self.bytes_by_type[result.frame_type] += len(result.codes)
         self.bpp_sum += result.bpp
         if result.labels:
             self.last_label = f"{result.labels[0].name} {result.labels[0].score:.2f}"
@@ -63,6 +77,10 @@ class StreamFigures:
     @property
     def frames(self) -> int:
         return len(self.latencies)
+
+    def mean_bytes(self, frame_type: FrameType) -> float:
+        """Mean size of the frames of one type, in bytes."""
+        return self.bytes_by_type[frame_type] / max(self.frames_by_type[frame_type], 1)
 
     @property
     def mean_bpp(self) -> float:
@@ -92,6 +110,10 @@ async def stream(
     frame_format: Annotated[ImageFormat, typer.Option(help="jpeg or png.")] = ImageFormat.JPEG,
     max_age_ms: Annotated[int, typer.Option(min=0, help="Server drops older frames.")] = 0,
     paced: Annotated[bool, typer.Option(help="Camera pace, late frames dropped.")] = True,
+    keyframe_interval: KeyframeOption = None,
+    entropy: EntropyOption = EntropyMode.AUTO,
+    tile_side: TileOption = 0,
+    rate_weight: RateOption = 0.0,
     tokenizer_address: TokenizerAddress = None,
 ) -> None:
     """Stream a video as a camera would, and show bit rate, latency and drops."""
@@ -99,24 +121,26 @@ async def stream(
         raise CliError("a video holds pictures, not codes; stream can encode or recognize it")
     chosen_size = None if size is None else parse_size(size)
     options = VideoOptions(fps=fps, size=chosen_size, format=frame_format)
+    settings = StreamOptions(
+        max_age_ms=max_age_ms,
+        top_k=1,
+        max_in_flight=_MAX_IN_FLIGHT,
+        coding=Coding(entropy, tile_side, rate_weight),
+        keyframe_interval=keyframe_interval,
+    )
     figures = StreamFigures()
     with VideoReader(video, options) as reader:
         frames = LiveFrames(reader, paced=paced, max_frames=max_frames)
         async with connections(context).tokenizer(tokenizer_address) as client:
-            results = _results(client, frames, model, operation, max_age_ms)
+            results = client.stream_frames(
+                frames, model=model, operation=operation, options=settings
+            )
             try:
                 await _show(results, figures, frames)
             finally:  # Also when stopped by Ctrl-C, or by a server that goes away.
                 _print_summary(figures, frames)
     if figures.num_failed and not figures.frames:
         raise CliError(f"every frame failed; the last: {figures.last_error}")
-
-
-def _results(
-    client: TokenizerClient, frames: LiveFrames, model: str, operation: Operation, max_age_ms: int
-) -> AsyncIterator[FrameResult]:
-    options = StreamOptions(max_age_ms=max_age_ms, top_k=1, max_in_flight=_MAX_IN_FLIGHT)
-    return client.stream_frames(frames, model=model, operation=operation, options=options)
 
 
 async def _show(
@@ -138,8 +162,14 @@ def _line(figures: StreamFigures, frames: LiveFrames) -> str:
         f"{figures.frames} frames · {figures.kilobits_per_second(figures.coded_bytes):.1f} kbit/s "
         f"· {figures.mean_bpp:.4f} bpp · p50 {figures.latency_ms(0.5):.0f} ms "
         f"· p99 {figures.latency_ms(0.99):.0f} ms "
+        f"· {figures.frames_by_type[FrameType.KEY]} key "
         f"· dropped {frames.num_dropped + figures.num_dropped_by_server}{label}"
     )
+
+
+def _sizes(figures: StreamFigures, frame_type: FrameType) -> str:
+    num_frames = figures.frames_by_type[frame_type]
+    return f"{num_frames} of {figures.mean_bytes(frame_type):.0f} bytes each" if num_frames else "0"
 
 
 def _print_summary(figures: StreamFigures, frames: LiveFrames) -> None:
@@ -154,6 +184,8 @@ def _print_summary(figures: StreamFigures, frames: LiveFrames) -> None:
         "failed": f"{figures.num_failed} {figures.last_error}".strip(),
         "codes": f"{figures.kilobits_per_second(figures.coded_bytes):.1f} kbit/s, "
         f"{figures.mean_bpp:.4f} bpp",
+        "key frames": _sizes(figures, FrameType.KEY),
+        "delta frames": _sizes(figures, FrameType.DELTA),
         "pictures sent": f"{figures.kilobits_per_second(frames.sent_bytes):.1f} kbit/s",
         "latency": f"p50 {figures.latency_ms(0.5):.1f} ms, p99 {figures.latency_ms(0.99):.1f} ms",
     }
