@@ -50,8 +50,7 @@ async def admin(server: LlmServer) -> AsyncIterator[AdminServiceAsyncStub]:
 
 def model_root(server: LlmServer) -> str:
     args = server.process.args
-    assert isinstance(args, list)
-    return str(args[args.index("--model-root") + 1])
+    return args[args.index("--model-root") + 1]
 
 
 async def refused(call: Any) -> tuple[str, str]:

@@ -13,6 +13,7 @@ ends when the run's folder goes away, or the process that the folder was made fo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import importlib
@@ -25,10 +26,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 FOLDER_VARIABLE = "VQSTACK_FORKSERVER"
 PRELOADED = ("vqserve.tokenizer.app", "vqserve.generation.app")
@@ -43,11 +47,12 @@ class ForkserverFailed(RuntimeError):
 
 
 class ForkedProcess:
-    """A process that the server forked for us, with the methods of subprocess.Popen we use."""
+    """A process that the server forked for us, with what we use of subprocess.Popen."""
 
-    def __init__(self, connection: socket.socket, pid: int) -> None:
+    def __init__(self, connection: socket.socket, pid: int, args: list[str]) -> None:
         self._connection = connection
         self.pid = pid
+        self.args = args
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -104,7 +109,7 @@ def start_module(module: str, arguments: Sequence[str], log: Path) -> ForkedProc
     }
     connection.sendall(json.dumps(request).encode() + b"\n")
     connection.settimeout(START_SECONDS)
-    return ForkedProcess(connection, _read_number(connection))
+    return ForkedProcess(connection, _read_number(connection), [module, *arguments])
 
 
 def _read_number(connection: socket.socket) -> int:
@@ -161,8 +166,26 @@ class _Child:
     folder: str
     environment: dict[str, str]
 
-    def become(self) -> None:
-        """Set the process up as `python -m` would, then run the module; may raise SystemExit."""
+    def become(self) -> NoReturn:
+        """Run the module as `python -m` would, and end with the status that Python would.
+
+        Threads are joined and exit functions run; only the tearing down of modules is left out,
+        which takes a second of processor time once torch is among them.
+        """
+        status = 1
+        try:
+            self._run()
+            status = 0
+        except SystemExit as error:
+            status = _exit_status(error.code)
+        except BaseException:
+            traceback.print_exc()
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def _run(self) -> None:
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 2)
         os.close(descriptor)
@@ -171,6 +194,14 @@ class _Child:
         os.environ.update(self.environment)
         sys.argv = [self.module, *self.arguments]
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+
+
+def _exit_status(code: object) -> int:
+    """What the interpreter makes of SystemExit's code."""
+    if code is None or isinstance(code, int):
+        return code or 0
+    sys.stderr.write(f"{code}\n")
+    return 1
 
 
 class _Server:
