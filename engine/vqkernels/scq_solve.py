@@ -126,8 +126,8 @@ class ScqProblem:
     @property
     def max_support(self) -> int:
         """Slots per latent that `solve` reserves; larger supports are left unsolved."""
-        wanted = min(self.codebook.shape[1] + _SPARE_SUPPORT, _MAX_SUPPORT)
-        return min(wanted, int(self.codebook.shape[0]))
+        num_codes, features = (int(size) for size in self.codebook.shape)
+        return min(features + _SPARE_SUPPORT, _MAX_SUPPORT, num_codes)
 
 
 @dataclass(frozen=True, eq=False)

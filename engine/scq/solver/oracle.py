@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def solve(
 
 
 def solve_with(
-    latents: Tensor, codebook: Tensor, config: SolverConfig, solver_args: dict[str, Any]
+    latents: Tensor, codebook: Tensor, config: SolverConfig, solver_args: Mapping[str, Any]
 ) -> SolveResult:
     """As `solve`, with other arguments for diffcp, e.g. solve_method="Clarabel"."""
     layer = _layer(*codebook.shape, config.lam)
@@ -43,8 +44,14 @@ def solve_with(
         nearest = nearest_code(latents.detach().double(), codebook.detach().double())
         target.scatter_(1, nearest.cpu()[:, None], 1.0)
     parameters = (latents.double().cpu(), codebook.double().cpu(), target)
-    (raw,) = layer(*parameters, solver_args=dict(solver_args))
+    (raw,) = layer(*parameters, solver_args=_forward_args(parameters, solver_args))
     return result_from_dense(latents, codebook, raw.to(latents.device), config, 1)
+
+
+def _forward_args(parameters: tuple[Tensor, ...], solver_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a gradient to come, diffcp hands every argument to the solver: none of its own."""
+    differentiates = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    return {key: value for key, value in solver_args.items() if differentiates or key != "mode"}
 
 
 @functools.lru_cache(maxsize=8)
