@@ -242,8 +242,9 @@ class Scq1Model:
         check_status(status, f"SCQ1 pack on a {grid[0]}x{grid[1]} grid with {options}")
         if reason.value:
             raise Scq1Error(Scq1Reason(reason.value))
-        size, base, is_rans, *modes = state.tolist()
-        return Scq1Frame(out[:size].tobytes(), base, bool(is_rans), tuple(modes))
+        size, base, is_rans, skips, reweights, swaps, news = state.tolist()
+        modes = (skips, reweights, swaps, news)
+        return Scq1Frame(out[:size].tobytes(), base, bool(is_rans), modes)
 
     def _empty(self, grid: tuple[int, int]) -> Scq1Codes:
         shape = (grid[0] * grid[1], self.max_support)
