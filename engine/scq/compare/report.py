@@ -85,9 +85,7 @@ def video_section(comparison: VideoComparison, command: str) -> str:
             ])  # fmt: skip
     clip = Path(comparison.clip).stem
     taken = (
-        "every frame"
-        if comparison.options.step == 1
-        else f"every {comparison.options.step}th frame"
+        "every frame" if comparison.options.step == 1 else f"one frame in {comparison.options.step}"
     )
     return "\n\n".join((
         f"## Key and delta frames (`{comparison.clip}`)",

@@ -30,7 +30,7 @@ _SCALED = {
 }
 _CROP_SCALED = {"jpeg": ((2, 20), (2, 60)), "webp": ((2, 0), (2, 30))}
 # In squared latent units per bit.
-DEFAULT_RATE_WEIGHTS = (0.005, 0.02, 0.05, 0.1)
+DEFAULT_RATE_WEIGHTS = (0.01, 0.05, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
