@@ -44,7 +44,8 @@ class Workload:
     """Sizes of the requests; each driver reads the fields it needs.
 
     Pictures are `image_width` x `image_height` pixels, `num_images` different ones in turn;
-    prompts have `prompt_words` words and differ from request to request.
+    prompts have `prompt_words` words and differ from request to request. `keyframe_interval` 1 has
+    key frames only, 0 what the server does by itself.
     """
 
     model: str = ""
@@ -53,6 +54,7 @@ class Workload:
     num_images: int = 4
     num_streams: int = 1
     max_age_ms: int = 0
+    keyframe_interval: int = 0
     prompt_words: int = 24
     max_tokens: int = 16
     seed: int = 0
@@ -66,6 +68,8 @@ class Workload:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.max_age_ms < 0:
             raise ValueError(f"max_age_ms is {self.max_age_ms}; give 0 (never drop) or more")
+        if self.keyframe_interval < 0:
+            raise ValueError(f"keyframe_interval is {self.keyframe_interval}; give 0 or more")
 
     def images(self) -> list[bytes]:
         """JPEG files of smooth shapes under noise: natural enough to compress like photographs."""

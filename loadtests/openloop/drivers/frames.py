@@ -22,12 +22,10 @@ from vqclient import (
 class FrameStream:
     """One open stream: frames go in at any time, each is awaited by its own future."""
 
-    def __init__(self, client: TokenizerClient, model: str, max_age_ms: int) -> None:
+    def __init__(self, client: TokenizerClient, model: str, options: StreamOptions) -> None:
         self._queue: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._waiting: dict[int, asyncio.Future[FrameResult]] = {}
         self._num_frames = 0
-        # No window: an open loop sends whatever is due.
-        options = StreamOptions(max_age_ms=max_age_ms, max_in_flight=None)
         results = client.stream_frames(self._frames(), model=model, options=options)
         self._reader = asyncio.create_task(self._read(results))
 
@@ -81,9 +79,15 @@ class StreamDriver(Driver):
     async def open(self) -> None:
         self._client = TokenizerClient(self.address, ClientOptions(retry=NO_RETRY))
         self._images = self.workload.images()
-        model, max_age_ms = self.workload.model or "nav", self.workload.max_age_ms
+        # No window: an open loop sends whatever is due.
+        options = StreamOptions(
+            max_age_ms=self.workload.max_age_ms,
+            max_in_flight=None,
+            keyframe_interval=self.workload.keyframe_interval or None,
+        )
         self._streams = [
-            FrameStream(self._client, model, max_age_ms) for _ in range(self.workload.num_streams)
+            FrameStream(self._client, self.workload.model or "nav", options)
+            for _ in range(self.workload.num_streams)
         ]
         for index in range(self.workload.num_streams):
             await self.send(index)
