@@ -26,11 +26,9 @@ from scq.bitstream import (
     FrameHeader,
     KeyHeader,
     PackedFrame,
-    pack_delta_frame,
-    pack_key_frame,
     parse_header,
-    unpack,
 )
+from scq.bitstream.coder import Backend, KeyOptions, make_coder
 from scq.bitstream.frame import EntropyChoice
 from scq.bitstream.header import Entropy
 from scq.errors import (
@@ -128,9 +126,16 @@ class FrameCodec:
     """One model, ready to code. The model is put into eval mode and must not change afterwards.
 
     max_pixels bounds the pictures that codes may ask for: a 12-byte header can name 65535 x 65535.
+    backend: which SCQ1 coder, see `scq.bitstream.coder.make_coder`; bytes are the same.
     """
 
-    def __init__(self, model: ScqAutoencoder, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        model: ScqAutoencoder,
+        *,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        backend: Backend = "auto",
+    ) -> None:
         self.model = model.eval()
         self.config = model.config
         self.model_hash = model.model_hash
@@ -138,6 +143,7 @@ class FrameCodec:
         self.tables: EntropyTables | None = None
         if model.entropy_tensors:
             self.tables = EntropyTables.from_tensors(model.entropy_tensors, self.config.lattice)
+        self._coder = make_coder(self.config.lattice, self.tables, backend)
 
     @property
     def name(self) -> str:
@@ -227,15 +233,7 @@ class FrameCodec:
         header = KeyHeader(
             placement.width, placement.height, self.frame_hash, placement.letterboxed
         )
-        return pack_key_frame(
-            header,
-            assignment,
-            self.config.lattice,
-            placement.grid,
-            tables=self.tables,
-            tile=tile,
-            entropy=entropy,
-        )
+        return self._coder.pack_key(header, assignment, placement.grid, KeyOptions(entropy, tile))
 
     def pack_change(
         self,
@@ -246,15 +244,7 @@ class FrameCodec:
         tile: int | None = None,
     ) -> PackedFrame:
         """The delta frame that turns `reference` into `assignment`. Needs entropy tables."""
-        return pack_delta_frame(
-            self.frame_hash,
-            assignment,
-            self.config.lattice,
-            placement.grid,
-            reference=reference,
-            tables=self.tables,
-            tile=tile,
-        )
+        return self._coder.pack_delta(self.frame_hash, assignment, placement.grid, reference, tile)
 
     def read(self, codes: bytes, *, allow_partial: bool = False) -> CodedPicture:
         """The lattice codes of a key frame; with allow_partial also of a cut one.
@@ -262,14 +252,23 @@ class FrameCodec:
         Raises CorruptCodes, UnknownModel, ImageTooLarge, or ReferenceMismatch for a delta frame.
         """
         placement = self.placement_of(parse_header(codes, allow_partial=allow_partial))
-        frame = unpack(
+        frame = self._coder.unpack(codes, placement.grid, allow_partial=allow_partial)
+        return CodedPicture(frame.assignment, placement, frame.complete)
+
+    def read_change(
+        self, codes: bytes, before: CodedPicture, *, allow_partial: bool = False
+    ) -> CodedPicture:
+        """The lattice codes of a delta frame that changes `before`. Raises as `read`."""
+        header = parse_header(codes, allow_partial=allow_partial)
+        if header.model_hash != self.frame_hash:
+            raise UnknownModel(header.model_hash.hex(), [_title(self)])
+        frame = self._coder.unpack(
             codes,
-            self.config.lattice,
-            placement.grid,
-            tables=self.tables,
+            before.placement.grid,
+            reference=before.assignment,
             allow_partial=allow_partial,
         )
-        return CodedPicture(frame.assignment, placement, frame.complete)
+        return CodedPicture(frame.assignment, before.placement, frame.complete)
 
     def decode(self, codes: bytes, *, allow_partial: bool = False) -> Pixels:
         """The picture at its original size, uint8 (H, W, 3).
@@ -432,17 +431,7 @@ class FrameDecoder:
         last = self._last
         if not header.is_delta or last is None or not last.complete:
             return self._codec.read(codes, allow_partial=allow_partial)
-        if header.model_hash != self._codec.frame_hash:
-            raise UnknownModel(header.model_hash.hex(), [_title(self._codec)])
-        frame = unpack(
-            codes,
-            self._codec.config.lattice,
-            last.placement.grid,
-            tables=self._codec.tables,
-            reference=last.assignment,
-            allow_partial=allow_partial,
-        )
-        return CodedPicture(frame.assignment, last.placement, frame.complete)
+        return self._codec.read_change(codes, last, allow_partial=allow_partial)
 
 
 def _stats(
