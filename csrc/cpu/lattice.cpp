@@ -32,6 +32,9 @@ struct State {
   std::int32_t size = 0;
   std::int32_t index[kMaxSupport] = {};
   std::int32_t numerator[kMaxSupport] = {};
+  // Both arrays packed, 16 and 8 bits to an entry; equal for equal states only.
+  std::uint64_t codes = 0;
+  std::uint32_t shares = 0;
 };
 
 // Heaviest code first, ties by lower index.
@@ -49,6 +52,12 @@ void make_canonical(State &state) {
     state.index[at] = index;
     state.numerator[at] = numerator;
   }
+  state.codes = 0;
+  state.shares = 0;
+  for (std::int32_t i = 0; i < state.size; ++i) {
+    state.codes = state.codes << 16 | static_cast<std::uint64_t>(state.index[i]);
+    state.shares = state.shares << 8 | static_cast<std::uint32_t>(state.numerator[i]);
+  }
 }
 
 bool holds(const State &state, std::int32_t index) {
@@ -61,8 +70,7 @@ bool same_support(const State &a, const State &b) {
 }
 
 bool same_state(const State &a, const State &b) {
-  return a.size == b.size && std::equal(a.index, a.index + a.size, b.index) &&
-         std::equal(a.numerator, a.numerator + a.size, b.numerator);
+  return a.codes == b.codes && a.shares == b.shares;
 }
 
 // The best states so far, best first; equal errors keep their order of arrival.
@@ -361,6 +369,7 @@ class Search {
     state.index[0] = code;
     state.numerator[0] = job_.denominator;
     state.error = distances_[code];
+    make_canonical(state);
     if (best_.states().empty() && !(state.error < kInfinity)) {
       state.error = std::numeric_limits<float>::max();  // overflow: still name the first code
     }
