@@ -3,7 +3,8 @@
 Frames of several profiles and every kind (RAW and rANS, key and delta, tiled and not) are damaged
 in many ways, most with their checksums made right again so that the damage gets past them, and
 mixed with random bytes. A frame must be refused with an ScqError or give a valid assignment, in
-bounded time. Knows nothing of networks; models here are a code and tables.
+bounded time, and the native decoder, where there is one, must find the same. Knows nothing of
+networks; models here are a code and tables.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import typer
 
 from scq.bitstream.canonical import Grid, canonical
+from scq.bitstream.coder import NativeCoder
 from scq.bitstream.fitting import CodedGrid, fit_tables
 from scq.bitstream.frame import (
     UnpackedFrame,
@@ -33,6 +35,8 @@ from scq.bitstream.tables import EntropyTables
 from scq.bitstream.weights import compositions
 from scq.errors import CorruptCodes, ScqError
 from scq.lattice import LatticeAssignment, LatticeCode
+from vqkernels.scq1 import Scq1Error
+from vqkernels.status import native_status
 
 CODES = (
     LatticeCode(2, 1, 1),
@@ -57,6 +61,7 @@ class Subject:
     grid: Grid
     tables: EntropyTables
     reference: LatticeAssignment | None
+    native: NativeCoder | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,9 @@ def subjects(seed: int) -> list[Subject]:
     for code in CODES:
         grids = [CodedGrid(_draw(code, 72, generator), (8, 9)) for _ in range(3)]
         tables = fit_tables(grids, code, videos=[grids], base_clusters=4, other_clusters=8)
+        native = NativeCoder(code, tables) if native_status().available else None
         for grid in GRIDS:
-            found += _subjects_on(code, grid, tables, generator)
+            found += _subjects_on(code, grid, tables, native, generator)
     return found
 
 
@@ -147,6 +153,7 @@ def repaired(codes: bytes, subject: Subject) -> bytes:
 
 def _try(codes: bytes, subject: Subject, partial: bool, name: str, report: FuzzReport) -> None:
     started = time.process_time()
+    found: UnpackedFrame | None = None
     try:
         frame = unpack(
             codes,
@@ -163,12 +170,34 @@ def _try(codes: bytes, subject: Subject, partial: bool, name: str, report: FuzzR
     except Exception as error:
         raise FuzzFailure(f"{error!r} for {codes.hex()} on {subject.grid}") from error
     else:
+        found = frame
         result = "decoded" if frame.complete else "base layer"
         _check(frame, codes, subject)
     report.slowest = max(report.slowest, time.process_time() - started)
+    _compare(found, codes, subject, partial)
     report.num_frames += 1
     report.num_bytes += len(codes)
     report.outcomes[name, result] += 1
+
+
+def _compare(found: UnpackedFrame | None, codes: bytes, subject: Subject, partial: bool) -> None:
+    """The native decoder must find what the reference found, and refuse what it refused."""
+    if subject.native is None:
+        return
+    try:
+        frame = subject.native.unpack_natively(
+            codes, subject.grid, reference=subject.reference, allow_partial=partial
+        )
+    except (CorruptCodes, Scq1Error) as error:
+        if found is not None:
+            raise FuzzFailure(f"only the native decoder refuses {codes.hex()}: {error}") from error
+        return
+    if found is None or not (
+        found.complete == frame.complete
+        and torch.equal(found.assignment.indices, frame.assignment.indices)
+        and torch.equal(found.assignment.numerators, frame.assignment.numerators)
+    ):
+        raise FuzzFailure(f"the native decoder finds something else in {codes.hex()}")
 
 
 def _check(frame: UnpackedFrame, codes: bytes, subject: Subject) -> None:
@@ -196,7 +225,11 @@ def _draw(code: LatticeCode, count: int, generator: Random) -> LatticeAssignment
 
 
 def _subjects_on(
-    code: LatticeCode, grid: Grid, tables: EntropyTables, generator: Random
+    code: LatticeCode,
+    grid: Grid,
+    tables: EntropyTables,
+    native: NativeCoder | None,
+    generator: Random,
 ) -> list[Subject]:
     before, now = (_draw(code, grid[0] * grid[1], generator) for _ in range(2))
     keep = torch.from_numpy(generator.random(len(now)) < 0.6)[:, None]
@@ -215,7 +248,7 @@ def _subjects_on(
             b"fuzz", now, code, grid, reference=before, tables=tables, tile=tile
         )
         for frame in (raw, rans, delta):
-            found.append(Subject(frame.codes, frame.base_bytes, code, grid, tables, before))
+            found.append(Subject(frame.codes, frame.base_bytes, code, grid, tables, before, native))
     return found
 
 

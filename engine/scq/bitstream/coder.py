@@ -212,22 +212,35 @@ class NativeCoder:
         allow_partial: bool = False,
     ) -> UnpackedFrame:
         """See Coder."""
-        header = parse_header(codes, allow_partial=allow_partial)
-        # A key frame needs no reference, and one of another size must not matter to it.
-        before = reference if header.is_delta else None
         try:
-            if before is not None and not self._fits(before, grid, None):
-                raise Scq1Error(Scq1Reason.REFERENCE)
-            found, complete = self._model.unpack(
-                codes,
-                grid,
-                reference=None if before is None else self._codes(before),
-                allow_partial=allow_partial,
+            return self.unpack_natively(
+                codes, grid, reference=reference, allow_partial=allow_partial
             )
         except Scq1Error:
             return self._reference.unpack(
                 codes, grid, reference=reference, allow_partial=allow_partial
             )
+
+    def unpack_natively(
+        self,
+        codes: bytes,
+        grid: Grid,
+        *,
+        reference: LatticeAssignment | None = None,
+        allow_partial: bool = False,
+    ) -> UnpackedFrame:
+        """`unpack` without a second opinion: raises Scq1Error where the library refuses."""
+        header = parse_header(codes, allow_partial=allow_partial)
+        # A key frame needs no reference, and one of another size must not matter to it.
+        before = reference if header.is_delta else None
+        if before is not None and not self._fits(before, grid, None):
+            raise Scq1Error(Scq1Reason.REFERENCE)
+        found, complete = self._model.unpack(
+            codes,
+            grid,
+            reference=None if before is None else self._codes(before),
+            allow_partial=allow_partial,
+        )
         latents = Latents(found.indices, found.numerators)
         return UnpackedFrame(latents.to_assignment(), complete, header)
 

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from scq import fuzz
 from scq.errors import UnsupportedOperation
+from vqkernels.scq1 import Scq1Error, Scq1Reason
+from vqkernels.status import native_status
 
 
 def test_hostile_bytes_are_refused_or_decode_to_valid_codes() -> None:
@@ -43,6 +45,16 @@ def test_errors_of_another_family_and_slow_frames_fail(monkeypatch: pytest.Monke
     monkeypatch.setattr(fuzz, "unpack", unsupported)
     with pytest.raises(fuzz.FuzzFailure, match="UnsupportedOperation"):
         fuzz.fuzz(fuzz.FuzzLimits(1), seed=1)
+
+
+@pytest.mark.skipif(not native_status().available, reason="the native library is not built")
+def test_a_native_decoder_that_finds_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*arguments: object, **options: object) -> None:
+        raise Scq1Error(Scq1Reason.STREAM)
+
+    monkeypatch.setattr("scq.bitstream.coder.NativeCoder.unpack_natively", refusing)
+    with pytest.raises(fuzz.FuzzFailure, match="only the native decoder refuses"):
+        fuzz.fuzz(fuzz.FuzzLimits(20_000), seed=1)
 
 
 def test_the_command_prints_what_happened() -> None:
