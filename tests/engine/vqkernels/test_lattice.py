@@ -33,11 +33,9 @@ def problem(shape: tuple[int, ...], seed: int = 0) -> tuple[Floats, Floats]:
     return latents.astype(np.float32), codebook.astype(np.float32)
 
 
-def run(shape: tuple[int, ...], **effort: int) -> LatticeStates:
+def run(shape: tuple[int, ...]) -> LatticeStates:
     latents, codebook = problem(shape)
-    return lattice_search(
-        latents, codebook, shape[3], shape[4], LatticeEffort(count=shape[5], **effort)
-    )
+    return lattice_search(latents, codebook, shape[3], shape[4], LatticeEffort(count=shape[5]))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -159,4 +157,4 @@ def test_arrays_and_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match="two dimensions"):
         lattice_search(latents[0], codebook, 2, 4)
     with pytest.raises(DtypeError, match="float64"):
-        lattice_search(latents.astype(np.float64), codebook, 2, 4)  # type: ignore[arg-type]
+        lattice_search(latents.astype(np.float64), codebook, 2, 4)
