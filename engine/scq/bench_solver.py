@@ -38,7 +38,6 @@ SIZES = [
 ]
 LAM = 0.1
 ROUNDS = 5
-ORACLE_ROUNDS = 2
 TRAINING_LATENTS = 8000
 
 Run = Callable[[], object]
@@ -253,37 +252,38 @@ def _oracle_row(problem: Problem, name: str, settings: Mapping[str, str]) -> Row
         quantized = oracle.solve_with(z, c, config, settings).quantized
         torch.autograd.grad(quantized, (z, c), problem.slope)
 
-    times = median_us({"forward": only_forward, "both": both}, len(z), ORACLE_ROUNDS)
+    times = median_us({"forward": only_forward, "both": both}, len(z), ROUNDS)
     return Row(*_size(problem), name, len(z), times["forward"], times["both"])
 
 
-def measure(sizes: list[tuple[int, int, int, int]]) -> list[Row]:
-    """All rows. cvxpylayers is left out where it is not installed."""
-    rows = []
-    for num_codes, code_dim, count, oracle_count in sizes:
-        problem = make_problem(num_codes, code_dim, count)
-        rows += our_rows(problem)
-        if oracle_count:
-            try:
-                rows += oracle_rows(problem.few(oracle_count, torch.float64))
-            except UnsupportedOperation:
-                continue
-    return rows
+def measure(size: tuple[int, int, int, int]) -> list[Row]:
+    """All rows of one size. cvxpylayers is left out where it is not installed."""
+    num_codes, code_dim, count, oracle_count = size
+    problem = make_problem(num_codes, code_dim, count)
+    rows = our_rows(problem)
+    if not oracle_count:
+        return rows
+    try:
+        return rows + oracle_rows(problem.few(oracle_count, torch.float64))
+    except UnsupportedOperation:
+        return rows
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text, with ratios: to cvxpylayers (SCS, both) and to torch's argmin (forward)."""
-    head = (
+def header() -> str:
+    """The table's first line."""
+    return (
         f"{'K':>5} {'F':>4}  {'solver':<22}{'n':>6}{'fwd us':>11}{'fwd+bwd us':>12}{'x cvxpy':>9}"
         f"{'x argmin':>9}{'gap':>10}{'KKT':>10}{'grad':>10}{'supp':>6}{'iter':>6}"
     )
-    return "\n".join([head, *(_line(row, rows) for row in rows)])
+
+
+def table(rows: list[Row]) -> str:
+    """One size as text, with ratios: to cvxpylayers (SCS, both) and to torch's argmin (forward)."""
+    return "\n".join(_line(row, rows) for row in rows)
 
 
 def _line(row: Row, rows: list[Row]) -> str:
-    peers = {
-        r.solver: r for r in rows if (r.num_codes, r.code_dim) == (row.num_codes, row.code_dim)
-    }
+    peers = {peer.solver: peer for peer in rows}
     conic, argmin = peers.get("cvxpylayers, SCS"), peers["VQ argmin, torch"]
     speed = conic.both_us / row.both_us if conic and conic.both_us and row.both_us else None
     cells = [
@@ -311,9 +311,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(SIZES)
-    print(f"lam={LAM}, one thread, CPU time, medians of {ROUNDS} (cvxpylayers {ORACLE_ROUNDS})")
-    print(table(rows))
+    print(f"lam={LAM}, one thread, CPU time, medians of {ROUNDS}, torch {torch.__version__}")
+    print(header())
+    rows = []
+    for size in SIZES:
+        found = measure(size)
+        print(table(found), flush=True)
+        rows += found
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
