@@ -4,6 +4,7 @@
 #   TORCH_INDEX  index URL to take torch from (PyTorch's CPU wheel index spares the CUDA download)
 #   IMAGES       photographs for `make demo`, space separated
 #   PYTEST_ARGS  further arguments for `make test`
+#   JSON         folder where `make bench-scq` also writes its rows
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,7 +25,7 @@ export UV_FIND_LINKS := $(if $(UV_FIND_LINKS),$(UV_FIND_LINKS),$(PIP_FIND_LINKS)
 # Two busy cores and nested thread pools do not mix: one thread per test process.
 TEST_ENV = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo serve stop test check lint types imports proto-check proto format bench load docker-lint tools clean
+.PHONY: help demo serve stop test check lint types imports proto-check proto format bench bench-scq load docker-lint tools clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -101,6 +102,10 @@ proto-check: $(TOOLS)/.ready proto
 
 bench: $(VENV)/.ready ## measure the native kernels side by side with their peers
 	@$(BIN)/python -m vqkernels.bench
+
+bench-scq: $(VENV)/.ready ## measure the SCQ solvers and the frame codec side by side with their peers
+	@OMP_NUM_THREADS=1 $(BIN)/python -m scq.bench_solver $(if $(JSON),--json $(JSON)/solver.json)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m scq.bench_codec $(if $(JSON),--json $(JSON)/codec.json)
 
 load: $(VENV)/.ready ## short open-loop load test of both services on loopback
 	@PYTHONPATH=examples $(BIN)/python -m demo.load
