@@ -11,12 +11,13 @@ import pytest
 
 from support.llmd import LlmServer
 from support.process import ServiceProcess, service_process
-from support.tokenizerd import image_file, png_claiming, write_models
+from support.tokenizerd import image_bytes, image_file, picture, png_claiming, write_models
 from vqclient import (
     ClientOptions,
     FailedPreconditionError,
     FinishReason,
     Frame,
+    FrameType,
     GenerationClient,
     InvalidArgumentError,
     NotFoundError,
@@ -29,7 +30,7 @@ from vqclient import (
     VqError,
     collect,
 )
-from vqclient.scq1 import is_codes
+from vqclient.scq1 import is_codes, parse_header
 
 MODEL = "labelled"
 START_SECONDS = 240.0  # torch is slow to import while other work has the machine
@@ -138,8 +139,9 @@ async def test_a_stream_answers_in_order_and_survives_a_bad_frame(
     assert [result.seq for result in results] == list(range(12))
     assert [result.seq for result in results if result.error is not None] == [4]
     assert results[7].capture_ns == 12
-    assert results[7].codes == (await tokenizer.encode(image_file(), model=MODEL)).codes
-    assert results[7].bpp > 0
+    assert results[0].codes == (await tokenizer.encode(image_file(), model=MODEL)).codes
+    assert results[7].frame_type is FrameType.DELTA
+    assert 0 < results[7].bpp < results[0].bpp
 
 
 async def test_a_decode_stream_takes_what_an_encode_stream_gave(
@@ -150,6 +152,47 @@ async def test_a_decode_stream_takes_what_an_encode_stream_gave(
     decoding = tokenizer.stream_frames([Frame(0, codes=codes[0])], operation=Operation.DECODE)
     pictures = [result.image async for result in decoding]
     assert pictures == [(await tokenizer.decode(codes[0])).image]
+
+
+def scene(number: int) -> bytes:
+    """A picture of which a corner changes from number to number."""
+    pixels = picture(128, 96)
+    pixels[:32, 16 * number : 16 * number + 32] = 255 - 40 * number
+    return image_bytes(pixels)
+
+
+async def test_a_viewer_that_lost_a_frame_is_healed_by_a_key_frame(
+    tokenizer: TokenizerClient,
+) -> None:
+    reasons = []
+    options = StreamOptions(keyframe_interval=1000)
+    async with tokenizer.open_stream(model=MODEL, options=options) as camera:
+        viewer = tokenizer.open_stream(
+            operation=Operation.DECODE, on_keyframe_needed=camera.request_keyframe
+        )
+        async with viewer:
+            for number in range(6):
+                await camera.send(image=scene(number))
+                coded = await anext(camera)
+                if number == 2:
+                    continue  # Lost on the way to the viewer.
+                await viewer.send(codes=coded.codes)
+                result = await anext(viewer)
+                reasons.append(result.error.reason if result.error else "")
+    assert reasons == ["", "", "REFERENCE_MISMATCH", "", ""]
+
+
+async def test_a_device_gets_its_files_and_pins_its_codebook(tokenizer: TokenizerClient) -> None:
+    described = await tokenizer.model(MODEL)
+    files = [await tokenizer.artifact(MODEL, file.name) for file in described.artifacts]
+    assert [file.name for file in files] == ["codebook.bin", "tables.safetensors"]
+    assert len(files[0].data) == 2 * described.model.num_codes * described.model.code_dim
+    header = parse_header((await tokenizer.encode(image_file(), model=MODEL)).codes)
+    assert described.model.model_hash.startswith(header.model_hash)
+    held = StreamOptions(model_hash="0" * 64)
+    with pytest.raises(FailedPreconditionError, match="MODEL_HASH_MISMATCH") as caught:
+        await anext(tokenizer.stream_frames([Frame(0, b"x")], model=MODEL, options=held))
+    assert described.model.model_hash[:16] in caught.value.message
 
 
 async def test_every_frame_of_a_hurried_stream_is_answered_or_counted_as_dropped(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
+from support.forkserver import start_module
 from support.llmd import write_tiny_llama
 from vqserve.common import lifecycle
 from vqserve.generation.app import build_app, engine_loader
@@ -98,11 +97,9 @@ def test_a_flag_out_of_range(tiny: Path, complaint: Complaint) -> None:
 def test_a_missing_folder_as_a_process(tmp_path: Path) -> None:
     folder = str(tmp_path / "nowhere")
     ports = ("--grpc-port", "0", "--http-port", "0")
-    done = subprocess.run(
-        [sys.executable, "-m", "vqserve.generation", *ports, "--model", folder],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    log = tmp_path / "service.log"
+    process = start_module("vqserve.generation", [*ports, "--model", folder], log)
+    assert process.wait(120) == 2
+    (line,) = [line for line in log.read_text().splitlines() if not line.startswith("{")]
     assert line.startswith("error: ")
     assert folder in line

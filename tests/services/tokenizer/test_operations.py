@@ -6,7 +6,6 @@ import asyncio
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import grpc.aio
@@ -16,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
+from support.forkserver import start_module
 from support.process import (
     ServiceProcess,
     grpc_failure,
@@ -231,7 +231,7 @@ async def test_sigterm_under_load_drops_no_accepted_request(
 async def test_drain_by_admin_ends_the_process_with_status_0(
     model_files: str, tmp_path: Path
 ) -> None:
-    args = ["--models", model_files, "--admin-port", "0", "--drain-delay-seconds", "0.5"]
+    args = ["--models", model_files, "--admin-port", "0", "--drain-delay-seconds", "1.5"]
     with service_process("vqserve.tokenizer", args, tmp_path) as draining:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{draining.ports.admin}") as channel:
             await admin_pb2_grpc.AdminServiceStub(channel).Drain(admin_pb2.DrainRequest())
@@ -244,12 +244,11 @@ async def test_drain_by_admin_ends_the_process_with_status_0(
     assert status == 0
 
 
-def test_a_service_that_cannot_start_says_why() -> None:
-    model = "/nowhere/x.safetensors"
-    command = [sys.executable, "-m", "vqserve.tokenizer", "--models", model]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert process.returncode == 2
-    last = process.stderr.strip().splitlines()[-1]
+def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
+    model, log = "/nowhere/x.safetensors", tmp_path / "service.log"
+    process = start_module("vqserve.tokenizer", ["--models", model], log)
+    assert process.wait(60) == 2
+    last = log.read_text().strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert model in last
-    assert "Traceback" not in process.stderr
+    assert "Traceback" not in log.read_text()
