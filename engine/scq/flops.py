@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scq.backbones import Backbone, build_encoder
 from scq.model import ModelConfig, ScqAutoencoder
@@ -44,20 +44,60 @@ class ModelCost:
 
 def count_macs(call: Callable[..., Any], *inputs: Tensor) -> int:
     """Multiply-adds of one call, counted while it runs."""
-    # Torch has no count for its attention kernel on CPUs.
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
-    with torch.enable_grad(), counter:
+    with torch.no_grad(), _Counter() as counter:
         call(*inputs)
-    return int(counter.get_total_flops()) // 2
+    return int(counter.macs)
 
 
-def _attention_flops(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any
-) -> int:
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation below autograd; adds up those that multiply matrices.
+
+    Torch's own counter misses attention on CPUs and takes seconds to import.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = _COUNTS.get(func.overloadpacket)
+        if count is not None:
+            self.macs += count(args, result)
+        return result
+
+
+def _convolution(arguments: Any, result: Tensor) -> int:
+    """Every output (transposed: input) position meets the filter of one group."""
+    pixels, weight, transposed = arguments[0], arguments[1], arguments[6]
+    positions: Tensor = pixels if transposed else result
+    return positions.numel() * int(weight[0].numel())
+
+
+def _product(arguments: Any, result: Tensor) -> int:
+    return result.numel() * int(arguments[0].shape[-1])
+
+
+def _sum_and_product(arguments: Any, result: Tensor) -> int:
+    return _product(arguments[1:], result)
+
+
+def _attention(arguments: Any, _result: Any) -> int:
     """Queries by keys and weights by values; shapes are (batch, heads, tokens, channels)."""
-    batch, heads, queries, channels = query
-    return 2 * batch * heads * queries * key[2] * (channels + value[3])
+    query, key, value = arguments[:3]
+    return int(query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+
+
+_ATEN = torch.ops.aten
+_COUNTS: dict[Any, Callable[[Any, Any], int]] = {
+    _ATEN.convolution: _convolution,
+    _ATEN.mm: _product,
+    _ATEN.bmm: _product,
+    _ATEN.addmm: _sum_and_product,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention: _attention,
+    _ATEN._scaled_dot_product_efficient_attention: _attention,
+}
 
 
 def count_parameters(module: nn.Module | None) -> int:
