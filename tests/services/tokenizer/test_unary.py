@@ -13,6 +13,7 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from PIL import Image
 
+from scq.bitstream import parse_header
 from scq.codec import FrameCodec
 from scq.model import ScqAutoencoder, load_model, save_model
 from support.process import ServiceProcess
@@ -183,3 +184,39 @@ def test_the_api_describes_itself(service: ServiceProcess) -> None:
     content = document["paths"]["/v1/encode"]["post"]["requestBody"]["content"]
     assert set(content) == {"image/png", "image/jpeg", "image/webp"}
     assert httpx.get(f"{service.http_url}/docs").status_code == 200
+
+
+async def test_a_cut_frame_shows_its_base_layer_on_both_protocols(
+    service: ServiceProcess, stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub
+) -> None:
+    coding = pb.CodingOptions(entropy=pb.ENTROPY_MODE_RAW)
+    request = pb.EncodeRequest(model="labelled", image=image_file(), coding=coding)
+    encoded = await stub.Encode(request)
+    cut = encoded.codes[: encoded.base_bytes]
+    assert 0 < len(cut) < len(encoded.codes)
+    by_grpc = await stub.Decode(pb.DecodeRequest(codes=cut, allow_partial=True))
+    by_http = httpx.post(f"{service.http_url}/v1/decode?allow_partial=true", content=cut)
+    whole = await stub.Decode(pb.DecodeRequest(codes=encoded.codes, allow_partial=True))
+    assert (by_grpc.complete, whole.complete) == (False, True)
+    assert by_http.headers["x-vqstack-complete"] == "false"
+    assert by_http.content == by_grpc.image
+    labels = await stub.Recognize(pb.RecognizeRequest(codes=cut, allow_partial=True))
+    assert not labels.complete
+    assert labels.labels
+
+
+async def test_coding_options_mean_the_same_on_both_protocols(
+    service: ServiceProcess, stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub
+) -> None:
+    source = image_file("PNG", 128, 96)
+    coding = pb.CodingOptions(entropy=pb.ENTROPY_MODE_RANS, tile_side=4, rate_weight=0.5)
+    by_grpc = await stub.Encode(pb.EncodeRequest(model="labelled", image=source, coding=coding))
+    query = "model=labelled&entropy=rans&tile_side=4&rate_weight=0.5"
+    by_http = httpx.post(f"{service.http_url}/v1/encode?{query}", content=source)
+    header = parse_header(by_grpc.codes)
+    assert by_http.content == by_grpc.codes
+    assert by_http.headers["x-vqstack-base-bytes"] == str(by_grpc.base_bytes)
+    assert (header.entropy, header.tile) == ("rans", 4)
+    coding.rate_weight = 0
+    nearest = await stub.Encode(pb.EncodeRequest(model="labelled", image=source, coding=coding))
+    assert len(by_grpc.codes) < len(nearest.codes)
