@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from scq.data import CropConfig, ImageSet, sample_batch
@@ -26,7 +27,7 @@ _CHUNK = 500
 class PictureSource:
     """Where a study's pictures come from: a folder under the data root, and how to crop.
 
-    `scale` is the crop's side in the picture over 32; None takes 32x32 pictures as they are.
+    `scale` is the crop's side in the picture over 32; None takes whole pictures, resized to 32x32.
     """
 
     folder: str
@@ -87,12 +88,11 @@ def _tensor(images: ImageSet, source: PictureSource, count: int) -> Tensor:
 
 
 def _whole(images: ImageSet, position: int) -> Tensor:
+    """A whole picture; those of the official traffic signs have many sizes and are resized."""
     pixels = images.images[position]
     if pixels.shape != (SIDE, SIDE, 3):
-        raise ScqError(
-            f"{images.names[position]} is {pixels.shape[1]}x{pixels.shape[0]}, this set must hold "
-            f"{SIDE}x{SIDE} pictures; resize them first"
-        )
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0)
 
 

@@ -59,7 +59,9 @@ def report(folder: Path) -> str:
     traces = read_rows(folder / "traces.csv", TraceRow)
     parts = []
     for study in STUDIES.values():
+        order = {variant.label: number for number, variant in enumerate(study.variants)}
         own = [row for row in rows if _belongs(row, study)]
+        own.sort(key=lambda row: (order[_base_label(row.label)], row.rate_weight, row.seed))
         if own:
             parts += _study_tables(study, own)
         if study.traced:
@@ -69,13 +71,17 @@ def report(folder: Path) -> str:
 
 
 def _belongs(row: ResultRow | TraceRow, study: Study) -> bool:
-    labels = {variant.label for variant in study.variants}
-    return row.label.split(" w=")[0] in labels
+    return _base_label(row.label) in {variant.label for variant in study.variants}
+
+
+def _base_label(label: str) -> str:
+    """The variant's own label, without the rate weight that a row may add."""
+    return label.split(" w=")[0]
 
 
 def _study_tables(study: Study, rows: Sequence[ResultRow]) -> list[str]:
     parts = [f"### {study.name}", "", study.question, ""]
-    for pictures, own in _grouped(rows, lambda row: row.pictures).items():
+    for pictures, own in sorted(_grouped(rows, lambda row: row.pictures).items()):
         parts += [f"{pictures}, seeds {_seeds(own)}:", "", *_result_table(own), ""]
     return parts
 
@@ -116,8 +122,8 @@ def _equal_bytes(rows: Sequence[ResultRow]) -> list[str]:
     coded = [row for row in rows if row.study in ("rate", "curve") and row.raw_bytes > 0]
     titles = ["SCQ against, RAW bytes", "rANS bytes", "rate-aware SCQ against, rANS bytes"]
     lines: list[str] = []
-    for pictures, own in _grouped(coded, lambda row: row.pictures).items():
-        for label, others in _grouped(own, lambda row: row.label).items():
+    for pictures, own in sorted(_grouped(coded, lambda row: row.pictures).items()):
+        for label, others in sorted(_grouped(own, lambda row: row.label).items()):
             if _CURVE_LABEL in label:
                 continue
             gains = [[gain(own, row) for row in others] for gain in _GAINS]

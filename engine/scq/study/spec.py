@@ -136,6 +136,7 @@ STUDIES = {
             "curve",
             "Mean squared error over the rate, every quantizer.",
             (
+                _sparse(512, 2, 2),
                 _sparse(209, 2, 4),
                 _sparse(137, 2, 8),
                 _sparse(181, 2, 2),
@@ -149,6 +150,7 @@ STUDIES = {
                 _single("vq", "VQ", 256),
                 _fsq((8, 8, 8, 8, 5, 5, 5)),
             ),
+            rate_weights=(0.1,),
         ),
         Study(
             "solver",

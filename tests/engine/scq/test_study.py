@@ -165,6 +165,13 @@ def test_pictures_are_the_same_every_time(data: Path) -> None:
     assert not torch.equal(first.train[:5], first.train[5:10])
 
 
+def test_whole_pictures_are_resized(data: Path) -> None:
+    write_zip(data / "gtsrb" / "train.zip", 4, 48)
+    write_zip(data / "gtsrb" / "test.zip", 3, 24)
+    pictures = load_pictures("gtsrb", data, 9, 9)
+    assert (pictures.train.shape, len(pictures.test)) == ((4, 3, 32, 32), 3)
+
+
 def test_missing_picture_sets_are_named_with_the_remedy(data: Path) -> None:
     with pytest.raises(ScqError, match=r"food101: no such folder.*scq data fetch food101"):
         load_pictures("food", data, 9, 9)
@@ -290,3 +297,11 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         result = scq(*arguments)
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.stderr.split())
+
+
+def test_the_published_tables_are_those_of_the_committed_rows() -> None:
+    docs = Path(__file__).parents[3] / "docs/benchmarks"
+    text = (docs / "scq-studies.md").read_text()
+    start, end = "<!-- scq study report docs/benchmarks/scq-studies -->", "<!-- end of report -->"
+    published = text.split(start)[1].split(end)[0].strip()
+    assert published == report(docs / "scq-studies").strip()
