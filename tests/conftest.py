@@ -22,4 +22,4 @@ RUN = None if forkserver.FOLDER_VARIABLE in os.environ else forkserver.new_run()
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the run's fork server."""
     if RUN is not None:
-        shutil.rmtree(RUN)
+        shutil.rmtree(RUN, ignore_errors=True)  # Absent when no service was started.

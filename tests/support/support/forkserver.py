@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import runpy
+import secrets
 import selectors
 import signal
 import socket
@@ -90,9 +91,10 @@ class ForkedProcess:
 
 
 def new_run() -> Path:
-    """The folder of a new test run of this process; the run is over when the folder is removed."""
-    folder = Path(tempfile.mkdtemp(prefix="vqstack-tests-"))
-    (folder / "owner").write_text(str(os.getpid()))
+    """The folder of a new test run of this process, which its first service makes; the run is over
+    when the folder is removed."""
+    name = f"vqstack-tests-{os.getpid()}-{secrets.token_hex(8)}"
+    folder = Path(tempfile.gettempdir()) / name
     os.environ[FOLDER_VARIABLE] = str(folder)
     return folder
 
@@ -126,6 +128,7 @@ def _read_number(connection: socket.socket) -> int:
 def _connect(folder: Path) -> socket.socket:
     """A connection to this run's server, which is started if need be."""
     path = folder / "socket"
+    folder.mkdir(mode=0o700, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -137,7 +140,7 @@ def _connect(folder: Path) -> socket.socket:
 
 def _start_server(path: Path) -> None:
     log = path.with_name("forkserver.log")
-    owner = path.with_name("owner").read_text()
+    owner = path.parent.name.split("-")[2]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(path), owner],
