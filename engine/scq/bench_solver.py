@@ -28,12 +28,12 @@ from scq.solver import SolverConfig, oracle, solve
 from scq.solver.base import SolveResult
 from vqkernels import scq_solve
 
-# (num_codes, code_dim, latents, latents for cvxpylayers or 0)
+# (num_codes, code_dim, latents, latents for cvxpylayers or 0: above 512 codes it takes minutes)
 SIZES = [
     (128, 16, 4096, 8),
-    (512, 16, 4096, 4),
-    (512, 64, 2048, 3),
-    (1024, 32, 4096, 2),
+    (512, 16, 4096, 2),
+    (512, 64, 2048, 2),
+    (1024, 32, 4096, 0),
     (4096, 64, 1024, 0),
 ]
 LAM = 0.1
