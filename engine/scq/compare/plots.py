@@ -34,8 +34,9 @@ def plot_points(points: Sequence[PointResult], title: str, path: Path) -> None:
         if measure is _PANELS[-1][1]:
             _plot_heads(axes, points)
         finish_axes(axes, "mean bytes a picture", label)
-        axes.set_xscale("log")
-    figure.axes[0].legend(fontsize=7)
+        _logarithmic(axes)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), fontsize=8, ncols=6, loc="outside lower center")
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 
@@ -57,7 +58,15 @@ def _plot_heads(axes: Any, points: Sequence[PointResult]) -> None:
         if known:
             axes.plot(*zip(*known, strict=True), "k*--", markersize=6, linewidth=0.8,
                       label=f"{codec}, from codes")  # fmt: skip
-            axes.legend(fontsize=7)
+
+
+def _logarithmic(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def new_figure(width: float, height: float) -> Any:

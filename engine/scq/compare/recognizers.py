@@ -8,6 +8,7 @@ logistic regression on EfficientNet-Lite0's pooled features; "convolutions" is a
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -28,9 +29,9 @@ RecognizerKind = Literal["features", "convolutions"]
 Report = Callable[[str], None]
 
 # Part of the cache's key: raise it when training changes.
-_RECIPE = 1
+_RECIPE = 2
 _CROP_SIDE = 32
-_EPOCHS, _BATCH, _RATE = 8, 64, 2e-3
+_EPOCHS, _BATCH, _RATE = 12, 64, 4e-3
 _RIDGE = 1e-3
 _CHUNK = 32
 
@@ -186,33 +187,37 @@ def train_convolutions(
     return {name: value.contiguous() for name, value in network.state_dict().items()}
 
 
-_LAST_BIAS = "10.bias"
+_LAST_BIAS = "linear.bias"
 
 
 def _crop_network(classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 48, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(48, 96, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(96, 128, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.4),
-        nn.Linear(128 * 16, classes),
-    )
+    layers: dict[str, nn.Module] = {}
+    inputs = 3
+    for level, (width, stride) in enumerate(((32, 1), (48, 2), (96, 2), (160, 2))):
+        layers[f"conv{level}"] = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        layers[f"norm{level}"] = nn.BatchNorm2d(width)
+        layers[f"relu{level}"] = nn.ReLU()
+        inputs = width
+    layers |= {"flatten": nn.Flatten(), "dropout": nn.Dropout(0.5)}
+    layers["linear"] = nn.Linear(inputs * 16, classes)
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _augmented(crops: Tensor, generator: torch.Generator) -> Tensor:
-    """Standardised crops, shifted by up to 3 pixels, with another contrast and noise."""
-    shifts = torch.randint(-3, 4, (2,), generator=generator).tolist()
-    padded = functional.pad(crops.float(), (3, 3, 3, 3), mode="replicate")
-    top, left = 3 + shifts[0], 3 + shifts[1]
-    moved = padded[:, :, top : top + _CROP_SIDE, left : left + _CROP_SIDE]
-    noise = torch.randn(moved.shape, generator=generator) * 4
-    return _standardised(moved + noise)
+    """Standardised crops, each turned, scaled, sheared and shifted a little, with some noise.
+
+    Up to about 15 degrees, 20 %, 0.15 and 4 pixels; training tracks are few, so this matters.
+    """
+    count = len(crops)
+    draws = torch.rand(count, 6, generator=generator) * 2 - 1
+    turn, scale, shear = 0.26 * draws[:, 0], 1 + 0.2 * draws[:, 1], 0.15 * draws[:, 2]
+    cosine, sine = turn.cos() / scale, turn.sin() / scale
+    moves = 0.25 * draws[:, 3:5]
+    rows = torch.stack((cosine, shear - sine, moves[:, 0], sine, cosine, moves[:, 1]), 1)
+    grid = functional.affine_grid(rows.view(count, 2, 3), list(crops.shape), align_corners=False)
+    moved = functional.grid_sample(crops.float(), grid, padding_mode="border", align_corners=False)
+    levels = 8 * (draws[:, 5] + 1).view(-1, 1, 1, 1)
+    return _standardised(moved + levels * torch.randn(moved.shape, generator=generator))
 
 
 def _standardised(crops: Tensor) -> Tensor:

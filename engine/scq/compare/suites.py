@@ -24,11 +24,12 @@ _CROP_QUALITIES = {
     "jxl": (0, 15, 40, 65),
 }
 # (1 / scale, quality)
-_SCALED = {
+_Scaled = dict[str, tuple[tuple[int, int], ...]]
+_SCALED: _Scaled = {
     "jpeg": ((4, 10), (4, 30), (2, 8), (2, 20)),
     "webp": ((4, 10), (4, 50), (2, 0), (2, 10)),
 }
-_CROP_SCALED = {"jpeg": ((2, 20), (2, 60)), "webp": ((2, 0), (2, 30))}
+_CROP_SCALED: _Scaled = {"jpeg": ((2, 20), (2, 60)), "webp": ((2, 0), (2, 30))}
 # In squared latent units per bit.
 DEFAULT_RATE_WEIGHTS = (0.01, 0.05, 0.2, 0.5)
 
@@ -48,7 +49,7 @@ class Suite:
     data: str
     recognizer: RecognizerKind | None = None
     qualities: dict[str, tuple[int, ...]] = field(default_factory=lambda: _QUALITIES)
-    scaled: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=lambda: _SCALED)
+    scaled: _Scaled = field(default_factory=lambda: _SCALED)
 
 
 SUITES = {

@@ -23,7 +23,7 @@ from scq.metrics import psnr_db
 Progress = Callable[[int, int, str], None]
 
 # In squared latent units per bit, as in `suites`.
-VIDEO_RATE_WEIGHTS = (0.0, 0.05, 0.2)
+VIDEO_RATE_WEIGHTS = (0.0, 0.005, 0.02, 0.05, 0.2)
 
 
 @dataclass(frozen=True)
