@@ -58,4 +58,5 @@ def _layers(features: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _unit(features: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features / (lengths + _TINY)
+    scaled: Tensor = features / (lengths + _TINY)
+    return scaled
