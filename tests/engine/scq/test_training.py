@@ -29,6 +29,7 @@ from scq.training import (
     validate,
     with_classes,
 )
+from scq.training_log import LogRow, RunLog
 from scq.training_parallel import choose_device
 
 TINY = TrainConfig(
@@ -356,3 +357,20 @@ def test_devices_that_are_not_there_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ScqError, match="no CUDA device"):
             choose_device("cuda")
+
+
+def test_tensorboard_events_hold_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    row = LogRow(1, "soft", 0.1, 2.5, 20.0, 0.2, math.nan, math.nan, 0, math.nan, math.nan, 0.5)
+    log = RunLog(tmp_path)
+    log.write(row)
+    log.write(replace(row, step=2, loss=1.5))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == [2.5, 1.5]
+    assert "class_loss" not in events.Tags()["scalars"]
+    RunLog(tmp_path, keep=1).close()
+    assert log_column(tmp_path, "step") == ["1"]
