@@ -121,8 +121,7 @@ def _models(chosen: list[str] | None, default: tuple[str, ...]) -> list[FrameCod
 
 def _command() -> str:
     """The command line without the folders that only this machine has."""
-    words = [Path(word).name if "/" in word and Path(word).exists() else word
-             for word in sys.argv[1:]]  # fmt: skip
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return " ".join(("scq", *words))
 
 
