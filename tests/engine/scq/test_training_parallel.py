@@ -69,6 +69,7 @@ def noise_pictures() -> ImageSet:
     return ImageSet(images, tuple("abcdef"))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     (tmp_path / "worker.py").write_text(WORKER)
