@@ -15,7 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 WIDE_REGISTER = re.compile(r"%[yz]mm\d")
 ZMM_REGISTER = re.compile(r"%zmm\d")
-TIER_SOURCES = {"q4_avx2.cpp.o", "q4_avx512_vnni.cpp.o"}
+TIER_SOURCES = {
+    f"{kernel}_{tier}.cpp.o"
+    for kernel in ("lattice", "q4", "scq_solve")
+    for tier in ("avx2", "avx512_vnni")
+}
 
 
 def run(command: list[str], **environment: str) -> str:
@@ -78,9 +82,10 @@ def test_tier_objects_use_the_instructions_they_are_for(build_dir: Path) -> None
     require("objdump")
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("tiers exist on x86-64 only")
-    avx2 = disassemble(objects(build_dir)["q4_avx2.cpp.o"])
-    assert "vpmaddubsw" in avx2
-    assert not ZMM_REGISTER.search(avx2)
+    for name in sorted(TIER_SOURCES):
+        code = disassemble(objects(build_dir)[name])
+        assert bool(ZMM_REGISTER.search(code)) == name.endswith("_avx512_vnni.cpp.o"), name
+    assert "vpmaddubsw" in disassemble(objects(build_dir)["q4_avx2.cpp.o"])
     assert "vpdpbusd" in disassemble(objects(build_dir)["q4_avx512_vnni.cpp.o"])
 
 

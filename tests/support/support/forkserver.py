@@ -193,6 +193,8 @@ class _Child:
         os.dup2(descriptor, 2)
         os.close(descriptor)
         os.chdir(self.folder)
+        # `python -m` looks in the folder that it starts in; this was the server's.
+        sys.path[0] = self.folder
         os.environ.clear()
         os.environ.update(self.environment)
         sys.argv = [self.module, *self.arguments]
