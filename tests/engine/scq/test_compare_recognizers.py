@@ -40,10 +40,10 @@ def test_convolutions_learn_colours_and_repeat_themselves() -> None:
     crops[1::2, 8:24, 8:24, 0] += 150
     tensor = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
     heard: list[str] = []
-    weights = train_convolutions(tensor, labels, 2, heard.append, epochs=4)
-    again = train_convolutions(tensor, labels, 2, heard.append, epochs=4)
+    weights = train_convolutions(tensor, labels, 2, heard.append, epochs=12)
+    again = train_convolutions(tensor, labels, 2, heard.append, epochs=12)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert len(heard) == 8
+    assert len(heard) == 24
     assert ConvRecognizer(weights).classify(list(crops), []) == labels.tolist()
     with pytest.raises(ScqError, match="32x32"):
         ConvRecognizer(weights).classify([np.zeros((16, 16, 3), np.uint8)], [])
