@@ -42,3 +42,13 @@ def test_first_example_is_about_ten_lines_and_gives_a_picture_back(
     with Image.open(pictures[0]) as picture:
         assert picture.size == (200, 150)
     assert re.search(r"\d+ bytes", finished.stdout)
+
+
+def test_the_layer_example_prints_its_certificate() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", python_blocks()[1]], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    residual = re.search(r"KKT residual (\S+)", finished.stdout)
+    assert residual is not None
+    assert float(residual[1]) < 1e-8
