@@ -52,6 +52,10 @@ def compare_command(
         list[Path] | None,
         typer.Option(help="Labelled ORIGINAL training pictures, for the independent recognizer."),
     ] = None,
+    recognizer: Annotated[
+        Path | None,
+        typer.Option(help="Reference classifier to use instead, of `scq train --reference`."),
+    ] = None,
     rate_weight: Annotated[
         list[float] | None, typer.Option(help="Squared latent error that a bit is worth.")
     ] = None,
@@ -74,7 +78,8 @@ def compare_command(
         written, section = _run_video(data, model, video_options, out, plot)
         name = f"video-{data[0].stem}"
     else:
-        options = Options(limit, tuple(train or ()), tuple(rate_weight or DEFAULT_RATE_WEIGHTS))
+        weights = tuple(rate_weight or DEFAULT_RATE_WEIGHTS)
+        options = Options(limit, tuple(train or ()), weights, recognizer=recognizer)
         written, section = _run_suite(suite, data, model, options, out, plot)
         name = suite
     if report is not None:

@@ -23,7 +23,8 @@ from torch.nn import functional
 from scq.data import ImageSet, load_images
 from scq.errors import ScqError
 from scq.features import FeatureExtractor, PictureFeatures
-from scq.images import Pixels
+from scq.images import Pixels, fit_frame
+from scq.model import ScqAutoencoder
 
 RecognizerKind = Literal["features", "convolutions"]
 Report = Callable[[str], None]
@@ -81,6 +82,30 @@ class ConvRecognizer:
         """Classes from the pixels alone. Raises ScqError for other sizes than 32x32."""
         logits = self._network(_standardised(_crops(pictures)))
         return [int(label) for label in logits.argmax(1)]
+
+
+class ModelRecognizer:
+    """Encoder and head of a model file, its latents left unquantized.
+
+    Made for the reference classifiers of `scq train --reference`, which saw originals alone.
+    """
+
+    def __init__(self, model: ScqAutoencoder, name: str) -> None:
+        if model.head is None:
+            raise ScqError(f"{name} has no classifier head, so it cannot recognize")
+        self._model = model
+        self.description = f"the reference classifier {name}, trained on originals, no codes"
+
+    @torch.inference_mode()
+    def classify(
+        self, pictures: Sequence[Pixels], features: Sequence[PictureFeatures]
+    ) -> list[int]:
+        """Classes from the pixels alone."""
+        named = []
+        for picture in pictures:
+            canvas, _ = fit_frame(picture, self._model.config)
+            named.append(int(self._model.classify(self._model.encode(canvas)).argmax()))
+        return named
 
 
 def trained_recognizer(

@@ -218,7 +218,8 @@ def _recognition(comparison: Comparison) -> str:
     lines = [
         f"Independent recognizer: {comparison.recognizer}. On the originals themselves: "
         f"{share:.1%} ({low:.1%} to {high:.1%}, n = {comparison.n}). Brackets everywhere are 95 % "
-        "Wilson intervals. Bytes for the same accuracy are interpolated, linear in log bytes.",
+        "Wilson intervals. Bytes for the same accuracy are interpolated, linear in log "
+        "bytes; never: the recognizer names fewer of the originals themselves.",
         _equal_accuracy_table(comparison),
     ]
     return "\n\n".join(lines)
@@ -233,10 +234,11 @@ def _equal_accuracy_table(comparison: Comparison) -> str:
             if right is None:
                 continue
             needed = [bytes_for_accuracy(curve, right / ours.n) for curve in files]
+            beyond = right >= (comparison.originals_right or 0)
             of_originals = right / max(1, comparison.originals_right or 0)
             rows.append([f"{ours.codec}, {ours.setting}, {label}", f"{ours.mean_bytes:.0f}",
                          _share(right, ours.n), f"{of_originals:.1%}",
-                         *(_needed(found) for found in needed)])  # fmt: skip
+                         *("never" if beyond else _needed(found) for found in needed)])  # fmt: skip
     header = ["ours", "bytes", "accuracy", "of the originals'"]
     return _table([*header, *(f"{curve[0].codec} bytes" for curve in files)], rows)
 

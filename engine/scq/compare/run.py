@@ -12,12 +12,13 @@ import torch
 from scq.codec import FrameCodec
 from scq.compare.measure import Judge, PointResult, measure
 from scq.compare.points import FilePoint, OperatingPoint, available_formats
-from scq.compare.recognizers import Recognizer, trained_recognizer
+from scq.compare.recognizers import ModelRecognizer, Recognizer, trained_recognizer
 from scq.compare.suites import DEFAULT_RATE_WEIGHTS, Suite, file_points, scq_points
 from scq.data import ImageSet
 from scq.errors import ScqError
 from scq.features import FeatureExtractor, default_weights_path, load_extractor
 from scq.metrics import CodebookUsage, wilson_interval
+from scq.model import load_model
 
 Report = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
@@ -28,13 +29,15 @@ class Options:
     """How a suite is run.
 
     limit: pictures, None for the suite's own; 0 for all. train: originals to train the
-    recognizer on, empty to do without. weights: EfficientNet-Lite0, None for the user's cache.
+    recognizer on, empty to do without. recognizer: a reference classifier instead, a model file
+    of `scq train --reference`. weights: EfficientNet-Lite0, None for the user's cache.
     """
 
     limit: int | None = None
     train: tuple[Path, ...] = ()
     rate_weights: tuple[float, ...] = DEFAULT_RATE_WEIGHTS
     weights: Path | None = None
+    recognizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,9 @@ def _recognizer(
     report: Report,
     notes: list[str],
 ) -> Recognizer | None:
+    if options.recognizer is not None:
+        path = options.recognizer
+        return ModelRecognizer(load_model(path), f"{path.parent.name}/{path.name}")
     if suite.recognizer is None:
         return None
     if not options.train:

@@ -18,10 +18,10 @@ _QUALITIES = {
     "jxl": (0, 10, 25),
 }
 _CROP_QUALITIES = {
-    "jpeg": (1, 10, 25, 50, 75),
-    "webp": (0, 10, 30, 60),
-    "avif": (0, 15, 30, 50),
-    "jxl": (0, 15, 40, 65),
+    "jpeg": (1, 10, 25, 50, 75, 92),
+    "webp": (0, 10, 30, 60, 90),
+    "avif": (0, 15, 30, 50, 75),
+    "jxl": (0, 15, 40, 65, 88),
 }
 # (1 / scale, quality)
 _Scaled = dict[str, tuple[tuple[int, int], ...]]
