@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from scq.backbones import Backbone, build_encoder
 from scq.model import ModelConfig, ScqAutoencoder
@@ -49,37 +50,36 @@ def count_macs(call: Callable[..., Any], *inputs: Tensor) -> int:
     return int(counter.macs)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation below autograd; adds up those that multiply matrices.
+class _Counter(TorchFunctionMode):
+    """Sees every torch function called; adds up those that multiply matrices.
 
     Torch's own counter misses attention on CPUs and takes seconds to import.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.macs = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        count = _COUNTS.get(func.overloadpacket)
+        count = _COUNTS.get(func)
         if count is not None:
             self.macs += count(args, result)
         return result
 
 
 def _convolution(arguments: Any, result: Tensor) -> int:
-    """Every output (transposed: input) position meets the filter of one group."""
-    pixels, weight, transposed = arguments[0], arguments[1], arguments[6]
-    positions: Tensor = pixels if transposed else result
-    return positions.numel() * int(weight[0].numel())
+    """Every output position meets the filter of its group."""
+    return result.numel() * int(arguments[1][0].numel())
+
+
+def _transposed_convolution(arguments: Any, _result: Tensor) -> int:
+    """Every input position meets the filter of its group."""
+    return int(arguments[0].numel()) * int(arguments[1][0].numel())
 
 
 def _product(arguments: Any, result: Tensor) -> int:
     return result.numel() * int(arguments[0].shape[-1])
-
-
-def _sum_and_product(arguments: Any, result: Tensor) -> int:
-    return _product(arguments[1:], result)
 
 
 def _attention(arguments: Any, _result: Any) -> int:
@@ -88,15 +88,13 @@ def _attention(arguments: Any, _result: Any) -> int:
     return int(query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
-_ATEN = torch.ops.aten
 _COUNTS: dict[Any, Callable[[Any, Any], int]] = {
-    _ATEN.convolution: _convolution,
-    _ATEN.mm: _product,
-    _ATEN.bmm: _product,
-    _ATEN.addmm: _sum_and_product,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _ATEN._scaled_dot_product_flash_attention: _attention,
-    _ATEN._scaled_dot_product_efficient_attention: _attention,
+    torch.conv2d: _convolution,
+    torch.conv_transpose2d: _transposed_convolution,
+    functional.linear: _product,
+    torch.matmul: _product,
+    torch.bmm: _product,
+    functional.scaled_dot_product_attention: _attention,
 }
 
 
