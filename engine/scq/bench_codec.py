@@ -23,6 +23,7 @@ from rich.table import Table
 from scq import zoo
 from scq.codec import FrameCodec
 from scq.compare.points import FilePoint, OperatingPoint, ScqPoint, available_formats
+from scq.compare.report import circumstances, markdown_table, replace_section
 from scq.errors import ScqError
 from scq.images import Pixels, read_image
 
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scq.bench_codec", description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the timings to this file")
     parser.add_argument("--image", type=Path, help="a picture, else a synthetic one")
+    parser.add_argument("--report", type=Path, help="Markdown page whose codec section to renew")
     parser.add_argument("--rounds", type=int, default=MIN_ROUNDS)
     chosen = parser.parse_args(arguments)
     image = photograph(SIDE)
@@ -159,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     codecs = [FrameCodec(zoo.load(info.name)) for info in zoo.list_models()]
     timings = bench(codecs, image, chosen.rounds)
     _print(timings)
+    if chosen.report is not None:
+        replace_section(chosen.report, "codec", _section(timings))
     if chosen.json is not None:
         rows = [asdict(timing) for timing in timings]
         chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -172,12 +176,29 @@ def _centre(image: Pixels) -> Pixels:
     return np.ascontiguousarray(image[top : top + SIDE, left : left + SIDE])
 
 
+def _section(timings: Sequence[Timing]) -> str:
+    rows = [_cells(timing) for timing in timings]
+    conditions = circumstances("python -m scq.bench_codec")
+    return "\n\n".join((
+        "## Time of one frame",
+        f"One synthetic 256x256 picture (sign models: 32x32), {timings[0].rounds} rounds in turns. "
+        f"{conditions}",
+        markdown_table(_HEADER, rows),
+    ))  # fmt: skip
+
+
+_HEADER = ("contender", "operation", "p50 ms", "p95 ms", "bytes")
+
+
+def _cells(timing: Timing) -> list[str]:
+    times = (f"{value:.2f}" for value in (timing.p50_ms, timing.p95_ms))
+    return [timing.contender, timing.operation, *times, str(timing.coded_bytes)]
+
+
 def _print(timings: Sequence[Timing]) -> None:
-    table = Table("contender", "operation", "p50 ms", "p95 ms", "bytes",
-                  title=f"one thread, {timings[0].rounds} interleaved rounds")  # fmt: skip
+    table = Table(*_HEADER, title=f"one thread, {timings[0].rounds} interleaved rounds")
     for timing in timings:
-        table.add_row(timing.contender, timing.operation, f"{timing.p50_ms:.2f}",
-                      f"{timing.p95_ms:.2f}", str(timing.coded_bytes))  # fmt: skip
+        table.add_row(*_cells(timing))
     Console().print(table)
 
 

@@ -49,7 +49,7 @@ def suite_section(comparison: Comparison, command: str) -> str:
     suite = comparison.suite
     parts = [
         f"## {suite.title} (`{suite.name}`)",
-        f"n = {comparison.n} pictures, {comparison.sizes}. {_circumstances(command)}",
+        f"n = {comparison.n} pictures, {comparison.sizes}. {circumstances(command)}",
         f"![{suite.title}: quality and accuracy against bytes]({suite.name}.png)",
         "### Every point",
         _points_table(comparison),
@@ -90,13 +90,13 @@ def video_section(comparison: VideoComparison, command: str) -> str:
     return "\n\n".join((
         f"## Key and delta frames (`{comparison.clip}`)",
         f"{taken.capitalize()} of the clip at {comparison.size}, model {comparison.model}, a key "
-        f"frame every {comparison.options.interval} frames. {_circumstances(command)}",
+        f"frame every {comparison.options.interval} frames. {circumstances(command)}",
         "The last column divides the key + delta stream's bytes by those of key frames alone at "
         "the same PSNR: as measured where the two agree within 0.05 dB, else interpolated between "
         "the key-frame streams (dB against log bytes). Modes are shares of the delta frames' "
         "latents.",
         f"![PSNR against bytes a frame](video-{clip}.png)",
-        _table(header, rows),
+        markdown_table(header, rows),
     ))  # fmt: skip
 
 
@@ -113,7 +113,8 @@ def replace_section(page: Path, name: str, section: str) -> None:
     page.write_text(text)
 
 
-def _circumstances(command: str) -> str:
+def circumstances(command: str) -> str:
+    """The command, date, processor and versions behind some numbers, as a sentence."""
     return (
         f"Command: `{command}`. {datetime.now(UTC):%Y-%m-%d}, {_processor()}, one thread; "
         f"{_versions()}."
@@ -159,7 +160,7 @@ def _points_table(comparison: Comparison) -> str:
     rows = [
         [cell(p) for _, cell in columns] for c in by_codec(comparison.points).values() for p in c
     ]
-    return _table([name for name, _ in columns], rows)
+    return markdown_table([name for name, _ in columns], rows)
 
 
 def _quality_columns(points: Sequence[PointResult]) -> list[_Column]:
@@ -189,7 +190,7 @@ def _nearest_table(points: Sequence[PointResult]) -> str:
                 rows.append([f"{name} {found.setting}", f"{found.mean_bytes:.0f}",
                              f"{found.mean_bytes / ours.mean_bytes:.1f}x",
                              *(cell(found) for _, cell in columns)])  # fmt: skip
-    return _table(["point", "bytes", "of ours", *(name for name, _ in columns)], rows)
+    return markdown_table(["point", "bytes", "of ours", *(name for name, _ in columns)], rows)
 
 
 def _first_and_leanest(points: Sequence[PointResult]) -> list[PointResult]:
@@ -209,7 +210,9 @@ def _lowest_table(comparison: Comparison) -> str:
         flat = comparison.flat_bytes.get(name)
         rows.append([name, lowest.setting, f"{lowest.mean_bytes:.0f}", f"{lowest.bpp:.4f}",
                      "" if flat is None else str(flat)])  # fmt: skip
-    return _table(["codec", "setting", "bytes", "bpp", "bytes for a flat grey picture"], rows)
+    return markdown_table(
+        ["codec", "setting", "bytes", "bpp", "bytes for a flat grey picture"], rows
+    )
 
 
 def _recognition(comparison: Comparison) -> str:
@@ -240,7 +243,7 @@ def _equal_accuracy_table(comparison: Comparison) -> str:
                          _share(right, ours.n), f"{of_originals:.1%}",
                          *("never" if beyond else _needed(found) for found in needed)])  # fmt: skip
     header = ["ours", "bytes", "accuracy", "of the originals'"]
-    return _table([*header, *(f"{curve[0].codec} bytes" for curve in files)], rows)
+    return markdown_table([*header, *(f"{curve[0].codec} bytes" for curve in files)], rows)
 
 
 def _needed(found: EqualAccuracy | None) -> str:
@@ -275,10 +278,11 @@ def _models_table(comparison: Comparison) -> str:
         "of the same widths on each backbone:"
     )
     encoders = ["encoder", "parameters", "MMAC", "phone estimate, ms"]
-    return "\n\n".join((_table(header, rows), note, _table(encoders, backbones)))
+    return "\n\n".join((markdown_table(header, rows), note, markdown_table(encoders, backbones)))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of text cells."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -42,5 +42,7 @@ def test_timings_are_written_as_json(
     timing = bench_codec.Timing("scq tiny", "encode", 1.0, 2.0, 30, 100)
     monkeypatch.setattr(bench_codec, "bench", lambda *_: [timing])
     monkeypatch.setattr("scq.zoo.list_models", list)
-    bench_codec.main(["--json", str(tmp_path / "codec.json")])
+    page = tmp_path / "page.md"
+    bench_codec.main(["--json", str(tmp_path / "codec.json"), "--report", str(page)])
+    assert "| scq tiny | encode | 1.00 | 2.00 | 30 |" in page.read_text()
     assert json.loads((tmp_path / "codec.json").read_text())[0]["p95_ms"] == 2.0
