@@ -1,18 +1,85 @@
-"""What every quantization method returns, and how to turn it back into weights.
+"""What every quantization method returns, and what the pipeline needs to know of its options.
 
-Knows no file format and no method.
+Knows no file format and no method but the uniform grid that GPTQ and rounding to nearest share.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vqllm.errors import InvalidConfig
+from vqllm.packing import pack_columns, pack_rows
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class QuantizedLinear(ABC):
+    """The weights of one linear layer in packed form; a bias is not part of it.
+
+    Attributes:
+        method: name of the format, as `entry()` and config.json spell it.
+    """
+
+    method: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int:
+        """Columns of the weight matrix."""
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """Rows of the weight matrix."""
+
+    @abstractmethod
+    def dequantize(self) -> NDArray[np.float32]:
+        """Weights (out_features, in_features) as any reader of the stored tensors gets them."""
+
+    @abstractmethod
+    def tensors(self) -> Arrays:
+        """What lies in the file, by part: part `p` of linear `n` is the tensor `n.p`."""
+
+    @abstractmethod
+    def entry(self) -> dict[str, Any]:
+        """Facts that reading `tensors()` needs, fit for JSON."""
+
+    @abstractmethod
+    def parameters(self) -> Arrays:
+        """Scales and codebooks, float: what tuning may change without touching an index."""
+
+    @abstractmethod
+    def with_parameters(self, parameters: Arrays) -> Self:
+        """The same codes with other parameters, rounded to the stored precision.
+
+        Raises:
+            KeyError, ValueError: an unknown name, or a shape that differs.
+        """
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file: codes, scales, zero points, codebooks, permutations."""
+        return sum(array.nbytes for array in self.tensors().values())
+
+
+class MethodOptions(Protocol):
+    """What the pipeline and the bit budget need of a method's options."""
+
+    @property
+    def method(self) -> str:
+        """Key of the method's table."""
+        ...
+
+    def bits_of(self, out_features: int, in_features: int) -> float:
+        """Bits in the file for a linear of this shape, all overhead counted."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,8 +117,11 @@ class GroupedSpec:
 
 
 @dataclass(frozen=True)
-class GroupedLinear:
+class GroupedLinear(QuantizedLinear):
     """A linear layer on per-group uniform grids: W[k, n] = (code - zero) * scale.
+
+    Stored in the layout of GPTQ checkpoints; symmetric ones keep zero points minus one ("gptq"),
+    asymmetric ones as they are ("gptq_v2").
 
     Attributes:
         codes: uint8 (in_features, out_features).
@@ -66,6 +136,8 @@ class GroupedLinear:
     zeros: NDArray[np.uint8]
     group_index: NDArray[np.int32]
     spec: GroupedSpec
+
+    method: ClassVar[str] = "gptq"
 
     @property
     def in_features(self) -> int:
@@ -100,6 +172,45 @@ class GroupedLinear:
         """Weights in the usual orientation, float32 (out_features, in_features)."""
         steps = self.codes.astype(np.float32) - self.zeros[self.group_index]
         return np.ascontiguousarray((steps * self.scales.astype(np.float32)[self.group_index]).T)
+
+    def tensors(self) -> Arrays:
+        stored = self.zeros - np.uint8(1) if self.is_symmetric else self.zeros
+        return {
+            "qweight": pack_rows(self.codes, self.spec.bits),
+            "qzeros": pack_columns(stored, self.spec.bits),
+            "scales": self.scales,
+            "g_idx": self.group_index,
+        }
+
+    def entry(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "bits": self.spec.bits,
+            "group_size": self.spec.group_size,
+            "sym": self.is_symmetric,
+        }
+
+    def parameters(self) -> Arrays:
+        return {"scales": self.scales}
+
+    def with_parameters(self, parameters: Arrays) -> Self:
+        scales = checked_parameters(self.parameters(), parameters)["scales"]
+        return replace(self, scales=scales)
+
+
+def checked_parameters(current: Arrays, new: Arrays) -> Arrays:
+    """`new` cast to the dtypes of `current`.
+
+    Raises:
+        KeyError: a name is unknown or absent.
+        ValueError: a shape differs.
+    """
+    if current.keys() != new.keys():
+        raise KeyError(f"parameters are {sorted(current)}, given were {sorted(new)}")
+    for name, values in new.items():
+        if values.shape != current[name].shape:
+            raise ValueError(f"{name} has shape {values.shape}, stored is {current[name].shape}")
+    return {name: values.astype(current[name].dtype) for name, values in new.items()}
 
 
 def contiguous_groups(in_features: int, spec: GroupedSpec) -> NDArray[np.int32]:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqllm.errors import CalibrationError, InvalidConfig, UnsupportedModel
+from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
+from vqllm.quantization.hessian import HessianFactor, factorize
 
 _SCALE_FLOOR = 2.0**-24  # smallest positive float16, so that no scale rounds to zero
 
@@ -58,11 +59,11 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions) -> Grou
         CalibrationError: the hessian is not finite or cannot be factored.
         UnsupportedModel: the weights exceed what float16 scales can express.
     """
-    hessian = _damped(hessian, options.damping)
+    factor = factorize(hessian, options.damping)
     columns = weight.T.contiguous()
     with _one_thread():
-        scales = search_scales(columns, hessian.diagonal().float(), options)
-        codes = _sweep(columns, hessian, scales, options)
+        scales = search_scales(columns, factor.hessian.diagonal().float(), options)
+        codes = _sweep(columns, factor, scales, options)
     return _grouped_linear(codes, scales, options.spec)
 
 
@@ -154,35 +155,10 @@ def _grouped_linear(codes: Tensor, scales: Tensor, spec: GroupedSpec) -> Grouped
     )
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """The hessian in float64 with damping; inputs that never fired get a diagonal of one."""
-    if not torch.isfinite(hessian).all():
-        raise CalibrationError("the hessian holds NaN or infinite values")
-    hessian = hessian.double().clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    return hessian
-
-
-def _inverse_cholesky(hessian: Tensor) -> Tensor:
-    """Upper U with inverse(H) = U' U, float32: step 1 of the paper's Cholesky form."""
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    inverse = torch.cholesky_inverse(lower)
-    upper, inverse_info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(info) or int(inverse_info):
-        raise CalibrationError(
-            "the hessian is not positive definite; use more calibration text or more damping"
-        )
-    factor: Tensor = upper.float()
-    return factor
-
-
-def _sweep(columns: Tensor, hessian: Tensor, scales: Tensor, options: GptqOptions) -> Tensor:
+def _sweep(columns: Tensor, factor: HessianFactor, scales: Tensor, options: GptqOptions) -> Tensor:
     """Codes (in, out) uint8. `columns` is the weight transposed, so a column is contiguous."""
     num_columns = columns.shape[0]
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_cholesky(hessian[order][:, order])
+    order, upper = factor.order, factor.upper
     scale_of = scales[order // options.spec.group_size]
     remaining = columns[order].contiguous()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
@@ -190,9 +166,9 @@ def _sweep(columns: Tensor, hessian: Tensor, scales: Tensor, options: GptqOption
         stop = min(start + options.column_block, num_columns)
         block = slice(start, stop)
         codes[block], errors = _sweep_block(
-            remaining[block], factor[block, block], scale_of[block], options.spec
+            remaining[block], upper[block, block], scale_of[block], options.spec
         )
-        remaining[stop:].addmm_(factor[block, stop:].T, errors, alpha=-1)
+        remaining[stop:].addmm_(upper[block, stop:].T, errors, alpha=-1)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored

@@ -21,6 +21,7 @@ from vqllm.llama import BlockWeights, RotaryTable, attend, gate, load_block, rms
 from vqllm.packing import WORD_BITS
 from vqllm.quantization.base import GroupedLinear
 from vqllm.quantization.gptq import GptqOptions, quantize_gptq, relative_error
+from vqllm.quantization.hessian import Hessian
 
 BATCH_WINDOWS = 4
 
@@ -37,28 +38,6 @@ class QuantizedPart:
     name: str
     linear: GroupedLinear
     relative_error: float
-
-
-class Hessian:
-    """Running Gram matrix X'X / n of one layer's inputs.
-
-    Products are float32 over a few thousand rows, sums are float64: float32 sums over a whole
-    calibration set lose the small eigenvalues that the Cholesky factor lives on.
-    """
-
-    def __init__(self, num_columns: int) -> None:
-        self._sum = torch.zeros(num_columns, num_columns, dtype=torch.float64)
-        self._num_rows = 0
-
-    def add(self, inputs: Tensor) -> None:
-        """Count inputs of shape (..., num_columns)."""
-        rows = inputs.flatten(0, -2)
-        self._sum += rows.T @ rows
-        self._num_rows += rows.shape[0]
-
-    @property
-    def value(self) -> Tensor:
-        return self._sum / max(self._num_rows, 1)
 
 
 def check_shapes(checkpoint: Checkpoint, options: GptqOptions) -> None:

@@ -12,7 +12,7 @@ from vqllm.quantization.gptq import (
     quantize_rtn,
     relative_error,
 )
-from vqllm.quantization.pipeline import Hessian
+from vqllm.quantization.hessian import Hessian
 
 OPTIONS = GptqOptions(GroupedSpec(bits=3, group_size=32))
 
