@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vqllm import cli_evaluate
 from vqllm.errors import VqllmError
 from vqllm.fetch import SOURCES
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 _output = Console()
 _messages = Console(stderr=True)
+app.command()(cli_evaluate.evaluate)
 
 ModelArgument = Annotated[
     str, typer.Argument(help=f"Model folder, or a known name: {', '.join(SOURCES)}.")
@@ -149,37 +151,6 @@ def _speed(num_prompt_tokens: int, times: list[float]) -> str:
         rate = num_decoded / (times[-1] - times[1])
         line += f"; {num_decoded + 1} tokens, {rate:.1f} tok/s after the first"
     return line
-
-
-@app.command()
-def evaluate(
-    model: ModelArgument,
-    text: Annotated[Path, typer.Argument(help="UTF-8 text to score.")],
-    reference: Annotated[
-        str | None, typer.Option(help="Model to measure the KL divergence from.")
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows to score.", min=1)] = 20,
-    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
-    executor: ExecutorOption = "onnx",
-    threads: ThreadsOption = 0,
-    cache: CacheOption = None,
-) -> None:
-    """Perplexity of a text through the runtime, and the distance from a reference model."""
-    from vqllm.api import resolve_model
-    from vqllm.calibration import CalibrationConfig, calibration_windows
-    from vqllm.checkpoint import Checkpoint
-    from vqllm.evaluation.perplexity import evaluate as evaluate_windows
-    from vqllm.runtime.engine import EngineConfig
-    from vqllm.runtime.loading import make_executor
-    from vqllm.runtime.tokenizer import ChatTokenizer
-
-    config = EngineConfig(max_num_sequences=1)
-    folders = [resolve_model(name, cache) for name in (model, reference) if name is not None]
-    runners = [make_executor(Checkpoint(f), executor, config, threads) for f in folders]
-    spread = CalibrationConfig(text, windows, window_length)
-    token_windows = calibration_windows(ChatTokenizer.from_folder(folders[0]), spread)
-    score = evaluate_windows(runners[0], token_windows, *runners[1:])
-    _print_table(folders[0].name, {k: v for k, v in asdict(score).items() if v is not None})
 
 
 @app.command()

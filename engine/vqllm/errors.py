@@ -96,5 +96,9 @@ class CalibrationError(VqllmError):
     """The calibration text cannot be used, for example because it is too short."""
 
 
+class EvaluationError(VqllmError):
+    """A text, task file or model cannot be scored; names it and what would help."""
+
+
 class ExecutorUnavailable(VqllmError):
     """The executor's library is absent, doubled, or lacks a needed provider."""
