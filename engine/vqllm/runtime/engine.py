@@ -1,13 +1,13 @@
 """The generation engine: admits sequences, steps them together, and hands out text deltas.
 
-Not thread-safe: one owner calls every method. Knows no transport, no clock and no model file; an
-executor computes logits, a tokenizer says which bytes a token stands for.
+Not thread-safe: one owner calls every method. Knows no transport, no clock and no model file; a
+scheduler decides what a step computes, an executor computes logits, a tokenizer says which bytes
+a token stands for.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vqllm.errors import (
@@ -19,8 +19,12 @@ from vqllm.errors import (
     QueueFull,
 )
 from vqllm.runtime.detokenizer import Detokenizer, TokenBytes
+from vqllm.runtime.drafting import DraftConfig
 from vqllm.runtime.executors.base import Executor, Logits
+from vqllm.runtime.executors.paged import PagedExecutor, WholeSequencePages
+from vqllm.runtime.pages import PageManager
 from vqllm.runtime.sampling import Sampler, SamplingParams, TokenLogprobs
+from vqllm.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig, Work
 from vqllm.runtime.sequence import FinishReason, Sequence
 
 DEFAULT_CONTEXT_LENGTH = 2048
@@ -42,9 +46,15 @@ class EngineTokenizer(TokenBytes, Protocol):
 class EngineConfig:
     """Limits of an engine.
 
-    `context_length` counts prompt and answer tokens of one sequence; None is the model's own
-    length, at most `DEFAULT_CONTEXT_LENGTH`, because the KV cache is reserved up front.
-    `max_prefills_per_step` bounds how long running sequences wait for newcomers' prompts.
+    Attributes:
+        max_num_sequences: sequences that one step advances together.
+        max_waiting: sequences that may wait for a place.
+        context_length: prompt and answer tokens of one sequence; None is the model's own length,
+            at most `DEFAULT_CONTEXT_LENGTH`.
+        max_tokens_per_step: tokens that one step computes at most, which bounds how long running
+            sequences wait for newcomers' prompts.
+        num_pages: pages of the KV cache; None is enough for every sequence at full length.
+        draft: guessing ahead in repetitive text; needs an executor that can rewind.
 
     Raises:
         InvalidConfig: a value is below 1.
@@ -53,14 +63,18 @@ class EngineConfig:
     max_num_sequences: int = 8
     max_waiting: int = 64
     context_length: int | None = None
-    max_prefills_per_step: int = 1
+    max_tokens_per_step: int = 512
+    num_pages: int | None = None
+    draft: DraftConfig = field(default_factory=DraftConfig)
 
     def __post_init__(self) -> None:
-        for field in ("max_num_sequences", "max_waiting", "max_prefills_per_step"):
-            if getattr(self, field) < 1:
-                raise InvalidConfig(field, getattr(self, field), "at least 1")
+        for name in ("max_num_sequences", "max_waiting", "max_tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise InvalidConfig(name, getattr(self, name), "at least 1")
         if self.context_length is not None and self.context_length < 2:
             raise InvalidConfig("context_length", self.context_length, "at least 2")
+        if self.num_pages is not None and self.num_pages < 1:
+            raise InvalidConfig("num_pages", self.num_pages, "at least 1")
 
     def resolve_context_length(self, model_context_length: int) -> int:
         """Tokens per sequence for a model of the given length.
@@ -97,62 +111,90 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Load of the engine now; KV figures are in tokens."""
+    """Load of the engine now, and totals since it started (the last four)."""
 
     running: int
     waiting: int
     kv_tokens_used: int
     kv_tokens_capacity: int
+    pages_used: int
+    pages_total: int
+    prefix_hit_tokens: int
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
-class _Running:
-    """A sequence that owns a cache, with its sampler and detokenizer."""
+class _Answer:
+    """What the engine keeps of one sequence beside its place in the KV cache."""
 
-    def __init__(self, sequence: Sequence, cache: int, tokenizer: TokenBytes) -> None:
-        self.sequence = sequence
-        self.cache = cache
-        self.sampler = Sampler(sequence.params)
-        self.detokenizer = Detokenizer(tokenizer, sequence.params.stop)
+    def __init__(self, scheduled: Scheduled, tokenizer: TokenBytes) -> None:
+        params = scheduled.sequence.params
+        self.scheduled = scheduled
+        self.sequence = scheduled.sequence
+        self.sampler = Sampler(params)
+        self.detokenizer = Detokenizer(tokenizer, params.stop)
+
+
+@dataclass
+class _Gain:
+    """Tokens that one step gave one sequence; `num_accepted` of them had been guessed."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+    num_accepted: int = 0
 
 
 class Engine:
     """Continuous batching over one executor. See the module docstring for the threading rule."""
 
     def __init__(
-        self, executor: Executor, tokenizer: EngineTokenizer, config: EngineConfig | None = None
+        self,
+        executor: Executor | PagedExecutor,
+        tokenizer: EngineTokenizer,
+        config: EngineConfig | None = None,
     ) -> None:
+        """Raises InvalidConfig when the executor cannot hold what the config allows."""
         self.config = config or EngineConfig()
-        if self.config.max_num_sequences > executor.max_num_sequences:
-            raise InvalidConfig(
-                "max_num_sequences",
-                self.config.max_num_sequences,
-                f"at most {executor.max_num_sequences}, the executor's number of caches",
-            )
         self.executor = executor
+        self._paged = WholeSequencePages(executor) if isinstance(executor, Executor) else executor
         self.context_length = self.config.resolve_context_length(executor.context_length)
+        _check(self.config, executor, self._paged)
         self._tokenizer = tokenizer
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[str, _Running] = {}
+        pages = PageManager(
+            self._paged.num_pages, self._paged.page_size, self._paged.can_share_pages
+        )
+        self._scheduler = Scheduler(pages, self._scheduler_config())
+        self._answers: dict[str, _Answer] = {}
+        self._num_drafted = self._num_accepted = 0
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._answers)
 
     @property
     def stats(self) -> EngineStats:
+        pages = self._scheduler.pages.stats
         return EngineStats(
             running=self.num_running,
             waiting=self.num_waiting,
-            kv_tokens_used=sum(r.sequence.num_tokens for r in self._running.values()),
-            kv_tokens_capacity=self.config.max_num_sequences * self.context_length,
+            kv_tokens_used=sum(s.sequence.num_tokens for s in self._scheduler.running),
+            kv_tokens_capacity=pages.total * self._paged.page_size,
+            pages_used=pages.held,
+            pages_total=pages.total,
+            prefix_hit_tokens=pages.prefix_hit_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            drafted_tokens=self._num_drafted,
+            accepted_tokens=self._num_accepted,
         )
 
     def add(
@@ -166,34 +208,50 @@ class Engine:
             QueueFull: `max_waiting` sequences are waiting.
         """
         self._check_prompt(prompt_token_ids)
-        if sequence_id in self._running or any(s.id == sequence_id for s in self._waiting):
+        if sequence_id in self._answers:
             raise DuplicateSequence(sequence_id)
-        if len(self._waiting) >= self.config.max_waiting:
+        if self.num_waiting >= self.config.max_waiting:
             raise QueueFull(self.config.max_waiting)
         sequence = Sequence(sequence_id, list(prompt_token_ids), params)
-        self._waiting.append(sequence)
+        self._answers[sequence_id] = _Answer(self._scheduler.add(sequence), self._tokenizer)
         return sequence
 
     def abort(self, sequence_id: str) -> bool:
-        """Drop a sequence and free its KV cache at once; False if it is not here (any more).
+        """Drop a sequence and free its pages at once; False if it is not here (any more).
 
         An aborted sequence appears in no later `StepOutput`.
         """
-        running = self._running.get(sequence_id)
-        if running is not None:
-            self._finish(running, FinishReason.ABORT)
-            return True
-        for sequence in self._waiting:
-            if sequence.id == sequence_id:
-                sequence.finish_reason = FinishReason.ABORT
-                self._waiting.remove(sequence)
-                return True
-        return False
+        answer = self._answers.get(sequence_id)
+        if answer is None:
+            return False
+        self._finish(answer, FinishReason.ABORT)
+        return True
 
     def step(self) -> list[StepOutput]:
-        """Advance every running sequence by one token; newcomers get their first one."""
-        outputs = self._decode(list(self._running.values()))
-        return outputs + [self._prefill(sequence) for sequence in self._admit()]
+        """Advance every running sequence; prompts advance by what the token budget leaves.
+
+        A sequence whose prompt is not finished yet has no output.
+        """
+        works = self._scheduler.plan()
+        if not works:
+            return []
+        logits = self._paged.step([work.chunk for work in works])
+        outputs, row = [], 0
+        for work in works:
+            rows = logits[row : row + work.chunk.num_logits]
+            row += work.chunk.num_logits
+            output = self._advance(work, rows)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _scheduler_config(self) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_num_sequences=self.config.max_num_sequences,
+            max_tokens_per_step=self.config.max_tokens_per_step,
+            context_length=self.context_length,
+            draft=self.config.draft,
+        )
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -205,63 +263,84 @@ class Engine:
             if not 0 <= token_id < vocab_size:
                 raise InvalidPrompt(f"token id {token_id} is outside [0, {vocab_size})")
 
-    def _admit(self) -> list[Sequence]:
-        num_free = self.config.max_num_sequences - len(self._running)
-        count = min(num_free, self.config.max_prefills_per_step, len(self._waiting))
-        return [self._waiting.popleft() for _ in range(count)]
+    def _advance(self, work: Work, logits: Logits) -> StepOutput | None:
+        """Draw the tokens that a step's logits (num_logits, vocab_size) allow."""
+        answer = self._answers[work.scheduled.sequence.id]
+        gain, reason = _Gain(), None
+        for index, row in enumerate(logits):
+            reason = self._accept(answer, row, gain)
+            is_guessed = index < len(work.drafts) and work.drafts[index] == gain.token_ids[-1]
+            if reason is not None or not is_guessed:
+                break
+            gain.num_accepted += 1
+        self._num_drafted += len(work.drafts)
+        self._num_accepted += gain.num_accepted
+        self._scheduler.computed(work, gain.num_accepted)
+        if not gain.token_ids:
+            return None
+        if reason is not None:
+            gain.text += answer.detokenizer.flush()
+            self._finish(answer, reason)
+        return _output(answer.sequence, gain, reason)
 
-    def _prefill(self, sequence: Sequence) -> StepOutput:
-        running = _Running(sequence, self.executor.allocate(), self._tokenizer)
-        self._running[sequence.id] = running
-        logits = self.executor.prefill(running.cache, sequence.prompt_token_ids)
-        return self._accept(running, logits)
-
-    def _decode(self, batch: list[_Running]) -> list[StepOutput]:
-        if not batch:
-            return []
-        logits = self.executor.decode(
-            [running.cache for running in batch],
-            [running.sequence.output_token_ids[-1] for running in batch],
-        )
-        return [self._accept(running, row) for running, row in zip(batch, logits, strict=True)]
-
-    def _accept(self, running: _Running, logits: Logits) -> StepOutput:
-        """Sample one token, append it, and report what it added."""
-        sequence = running.sequence
+    def _accept(self, answer: _Answer, logits: Logits, gain: _Gain) -> FinishReason | None:
+        """Sample one token from (vocab_size,) logits and append it."""
+        sequence = answer.sequence
         # Models pad their vocabulary; an id that stands for no text must never be drawn.
         logits = logits[: self._tokenizer.vocab_size]
-        token_id = running.sampler.choose(
+        token_id = answer.sampler.choose(
             logits, sequence.prompt_token_ids, sequence.output_token_ids
         )
-        logprobs = running.sampler.logprobs(logits, token_id)
+        logprobs = answer.sampler.logprobs(logits, token_id)
         sequence.output_token_ids.append(token_id)
+        gain.token_ids.append(token_id)
+        if logprobs is not None:
+            gain.logprobs.append(logprobs)
         is_eos = token_id in self._tokenizer.eos_token_ids and not sequence.params.ignore_eos
-        text = "" if is_eos else running.detokenizer.push(token_id)
-        reason = self._finish_reason(running, is_eos)
-        if reason is not None:
-            text += running.detokenizer.flush()
-            self._finish(running, reason)
-        return StepOutput(
-            sequence_id=sequence.id,
-            token_ids=(token_id,),
-            text=text,
-            finish_reason=reason,
-            num_prompt_tokens=len(sequence.prompt_token_ids),
-            num_output_tokens=len(sequence.output_token_ids),
-            is_first=len(sequence.output_token_ids) == 1,
-            logprobs=() if logprobs is None else (logprobs,),
-        )
+        if not is_eos:
+            gain.text += answer.detokenizer.push(token_id)
+        return self._finish_reason(answer, is_eos)
 
-    def _finish_reason(self, running: _Running, is_eos: bool) -> FinishReason | None:
-        sequence = running.sequence
-        if is_eos or running.detokenizer.is_stopped:
+    def _finish_reason(self, answer: _Answer, is_eos: bool) -> FinishReason | None:
+        sequence = answer.sequence
+        if is_eos or answer.detokenizer.is_stopped:
             return FinishReason.STOP
         is_full = sequence.num_tokens >= self.context_length
         if is_full or len(sequence.output_token_ids) >= sequence.params.max_tokens:
             return FinishReason.LENGTH
         return None
 
-    def _finish(self, running: _Running, reason: FinishReason) -> None:
-        running.sequence.finish_reason = reason
-        del self._running[running.sequence.id]
-        self.executor.free(running.cache)
+    def _finish(self, answer: _Answer, reason: FinishReason) -> None:
+        answer.sequence.finish_reason = reason
+        del self._answers[answer.sequence.id]
+        for page in self._scheduler.remove(answer.scheduled):
+            self._paged.forget(page)
+
+
+def _check(config: EngineConfig, executor: Executor | PagedExecutor, paged: PagedExecutor) -> None:
+    if isinstance(executor, Executor) and config.max_num_sequences > executor.max_num_sequences:
+        raise InvalidConfig(
+            "max_num_sequences",
+            config.max_num_sequences,
+            f"at most {executor.max_num_sequences}, the executor's number of caches",
+        )
+    if config.draft.num_tokens and not paged.can_rewind:
+        raise InvalidConfig(
+            "draft.num_tokens",
+            config.draft.num_tokens,
+            f"0 with the executor {executor.name!r}, which cannot take tokens back",
+        )
+
+
+def _output(sequence: Sequence, gain: _Gain, reason: FinishReason | None) -> StepOutput:
+    num_output_tokens = len(sequence.output_token_ids)
+    return StepOutput(
+        sequence_id=sequence.id,
+        token_ids=tuple(gain.token_ids),
+        text=gain.text,
+        finish_reason=reason,
+        num_prompt_tokens=len(sequence.prompt_token_ids),
+        num_output_tokens=num_output_tokens,
+        is_first=num_output_tokens == len(gain.token_ids),
+        logprobs=tuple(gain.logprobs),
+    )

@@ -153,7 +153,7 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
 
 
 def test_sequences_decode_in_one_batch() -> None:
-    engine = make_engine(max_prefills_per_step=4)
+    engine = make_engine()
     for name in "xyz":
         engine.add(name, [ord(name)], GREEDY)
     run(engine)
@@ -170,7 +170,7 @@ def test_newcomers_join_while_others_run() -> None:
 
 
 def test_no_more_than_the_allowed_number_runs() -> None:
-    engine = make_engine(max_num_sequences=2, max_prefills_per_step=4)
+    engine = make_engine(max_num_sequences=2)
     for name in "abc":
         engine.add(name, [65], GREEDY)
     engine.step()
@@ -201,7 +201,7 @@ def test_abort_removes_a_waiting_sequence() -> None:
 
 
 def test_abort_of_one_leaves_the_others_answers_alone() -> None:
-    engine = make_engine(max_prefills_per_step=4)
+    engine = make_engine()
     for name in "ab":
         engine.add(name, [ord(name)], GREEDY)
     first = engine.step()

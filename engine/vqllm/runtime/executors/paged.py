@@ -64,6 +64,9 @@ class PagedExecutor(ABC):
         are valid until the next call.
         """
 
+    def forget(self, page: int) -> None:  # noqa: B027  most executors have nothing to forget
+        """Called when no sequence uses a page any more, before it is given to another."""
+
 
 class WholeSequencePages(PagedExecutor):
     """Shows an executor with one cache per sequence as one whose pages are whole sequences."""
@@ -98,7 +101,7 @@ class WholeSequencePages(PagedExecutor):
         return np.stack(wanted) if wanted else np.empty((0, self.vocab_size), dtype=np.float32)
 
     def forget(self, page: int) -> None:
-        """Free the cache behind a page that no sequence uses any more."""
+        """Free the cache behind the page."""
         cache = self._cache_of.pop(page, None)
         if cache is not None:
             self._executor.free(cache)
