@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqllm.checkpoint import FINAL_NORM, Checkpoint
+from vqllm.decoder.config import DecoderConfig
+from vqllm.decoder.norm import rms_norm
+from vqllm.decoder.weights import BlockWeights, load_block
 from vqllm.errors import UnsupportedModel
-from vqllm.llama import BlockWeights, load_block, rms_norm
-from vqllm.model_config import LlamaConfig
 from vqllm.outlier.transform import ModelTransform
 
 Tensors = dict[str, NDArray[Any]]
@@ -27,7 +28,7 @@ class WeightSource(Protocol):
     """The weights of one decoder, in full precision."""
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         """Shape of the model."""
         ...
 
@@ -73,7 +74,7 @@ class PlainSource:
         self.checkpoint = checkpoint
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         return self.checkpoint.config
 
     @property

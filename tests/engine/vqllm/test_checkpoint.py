@@ -232,8 +232,8 @@ def test_an_unknown_architecture_is_named(make_folder: MakeFolder) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope type is 'llama3'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope type is 'mrope'"),
+        ({"sliding_window": 64}, "sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
     ],

@@ -1,0 +1,1 @@
+"""The decoder families in plain torch: configuration, weights and forward pass of a block."""
