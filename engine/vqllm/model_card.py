@@ -6,39 +6,71 @@ from statistics import mean
 
 from vqllm.model_info import ModelInfo
 
+_METHODS = {
+    "gptq": "GPTQ",
+    "rtn": "rounding to nearest",
+    "vptq": "VPTQ (vector quantization)",
+    "tcq": "trellis-coded quantization",
+}
+
 
 def quantized_card(info: ModelInfo, source: str, recipe: str, errors: dict[str, float]) -> str:
     """Card of a quantized folder; `errors` are the relative output errors by linear."""
-    worst = max(errors, key=errors.__getitem__)
+    method = " and ".join(_METHODS.get(name, name) for name in info.method.split("+"))
+    groups = f", groups of {info.group_size}" if info.group_size else ""
     return f"""---
 base_model: {source}
-tags: [gptq, vqstack]
+tags: [{", ".join(dict.fromkeys([*info.method.split("+"), "vqstack"]))}]
 ---
 
 # {info.name}
 
-`{source}` with the linear layers of its decoder quantized to {info.bits} bits by GPTQ.
+`{source}` with the linear layers of its decoder quantized to {info.bpw:.2f} bits per weight.
 
 | | |
 |---|---|
 | architecture | {info.architecture}, {info.num_parameters:,} parameters |
-| method | GPTQ, symmetric, groups of {info.group_size}, act-order with static groups |
+| method | {method}{groups} |
+| rotated | {"yes, by seeded Hadamard matrices" if info.is_rotated else "no"} |
 | bits per weight of the linears, all bytes counted | {info.bpw:.3f} |
+| bits per weight of the embedding | {info.embedding_bpw:.3f} |
 | bits per weight of the whole model | {info.total_bpw:.3f} |
-| embedding, head and norms | as in the original |
+| weight files | {info.file_bytes:,} bytes |
+| format (`quant_method`) | {info.format} |
 | revision | `{info.revision}` |
 
-**Calibration.** {recipe}
+**Recipe.** {recipe or "Not recorded."}
 
-**Error on the calibration inputs**, tr(D H D') / tr(W H W') per linear: mean
-{mean(errors.values()):.5f}, worst {errors[worst]:.5f} at `{worst}`.
+{_errors_line(errors)}
 
 **Limits.** Everything the original model gets wrong, this one gets wrong too, and rounding adds
 to it. The licence is that of the original.
 
-The files follow the GPTQ checkpoint format (v1 zero points), so other readers of that format can
-load the folder. With vqstack: `vqllm generate FOLDER "your prompt"`.
+{_readers_line(info)} With vqstack: `vqllm generate FOLDER "your prompt"`.
 """
+
+
+def _errors_line(errors: dict[str, float]) -> str:
+    if not errors:
+        return "**Error on the calibration inputs.** Not recorded."
+    worst = max(errors, key=errors.__getitem__)
+    return (
+        "**Error on the calibration inputs**, tr(D H D') / tr(W H W') per linear: mean\n"
+        f"{mean(errors.values()):.5f}, worst {errors[worst]:.5f} at `{worst}`."
+    )
+
+
+def _readers_line(info: ModelInfo) -> str:
+    if info.format == "vqstack":
+        return (
+            "The format is vqstack's own; `import vqllm.integrations.transformers` lets\n"
+            "`AutoModelForCausalLM.from_pretrained` load the folder."
+        )
+    name = {"gptq": "GPTQ", "vptq": "VPTQ"}.get(info.format, info.format)
+    return (
+        f"The files follow the {name} checkpoint format, so other readers of that format can load\n"
+        "the folder."
+    )
 
 
 def fetched_card(name: str, origin: str, file_name: str, file_sha256: str, license: str) -> str:

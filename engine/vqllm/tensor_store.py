@@ -70,6 +70,11 @@ class TensorStore:
         entry = self._entry(name)
         return int(np.prod(entry.shape, dtype=np.int64)) * np.dtype(_DTYPES[entry.dtype]).itemsize
 
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor, or the folder where there is none."""
+        entry = self._entries.get(name)
+        return self.folder if entry is None else entry.path
+
     def dtype(self, name: str) -> str:
         """Dtype as the file spells it, for example `F16`."""
         return self._entry(name).dtype
@@ -118,7 +123,11 @@ class TensorLayout:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_DTYPES[self.dtype]).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * self.item_bytes
+
+    @property
+    def item_bytes(self) -> int:
+        return np.dtype(_DTYPES[self.dtype]).itemsize
 
 
 class TensorFileWriter:
@@ -130,7 +139,7 @@ class TensorFileWriter:
     def __init__(self, path: Path, layout: dict[str, TensorLayout]) -> None:
         self._layout = layout
         self._missing = set(layout)
-        header, self._offsets = _build_header(layout)
+        header, self._offsets = build_header(layout)
         self._file = path.open("wb")
         self._file.write(header)
 
@@ -162,7 +171,7 @@ class TensorFileWriter:
             raise ValueError(f"never written: {', '.join(sorted(self._missing))}")
 
 
-def _build_header(layout: dict[str, TensorLayout]) -> tuple[bytes, dict[str, int]]:
+def build_header(layout: dict[str, TensorLayout]) -> tuple[bytes, dict[str, int]]:
     """The file's header, padded to 8 bytes, and where each tensor starts in the file."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0

@@ -12,19 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vqllm.checkpoint import Checkpoint, GptqFormat, packed_tensors, stored_to_zeros
+from vqllm import tensor_spool
+from vqllm.checkpoint import Checkpoint
 from vqllm.errors import CorruptCheckpoint, UnknownModel, UnsupportedModel
-from vqllm.quantization import saving
+from vqllm.formats.gptq import GptqFormat, packed_tensors, stored_to_zeros
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
-from vqllm.quantization.gptq import GptqOptions
-from vqllm.quantization.pipeline import QuantizedPart, quantize_model
-from vqllm.quantization.saving import CheckpointWriter
+from vqllm.quantization.saving import CheckpointWriter, FolderPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     MakeFolder = Callable[..., Path]
-    Windows = np.ndarray[Any, np.dtype[np.int64]]
 
 SPEC = GroupedSpec(bits=4, group_size=32)
 V1, V2 = GptqFormat(SPEC), GptqFormat(SPEC, is_v2=True)
@@ -42,15 +40,35 @@ def golden_linear() -> GroupedLinear:
     )
 
 
-def write_quantized(
-    folder: Path, target: Path, windows: Windows, options: GptqOptions
-) -> list[QuantizedPart]:
+def random_linear(shape: tuple[int, int], seed: int, symmetric: bool = True) -> GroupedLinear:
+    """A linear (out, in) of random codes."""
+    rng = np.random.default_rng(seed)
+    out_features, in_features = shape
+    groups = SPEC.num_groups(in_features)
+    zeros = np.full((groups, out_features), 8) if symmetric else rng.integers(0, 16, (groups, 1))
+    return GroupedLinear(
+        codes=rng.integers(0, 16, (in_features, out_features)).astype(np.uint8),
+        scales=rng.uniform(0.01, 0.02, (groups, out_features)).astype(np.float16),
+        zeros=np.broadcast_to(zeros, (groups, out_features)).astype(np.uint8),
+        group_index=contiguous_groups(in_features, SPEC),
+        spec=SPEC,
+    )
+
+
+def random_linears(source: Checkpoint, symmetric: bool = True) -> dict[str, GroupedLinear]:
+    return {
+        name: random_linear(source.linear_shape(name), seed, symmetric)
+        for seed, name in enumerate(source.linear_names())
+    }
+
+
+def write_quantized(folder: Path, target: Path) -> dict[str, GroupedLinear]:
     source = Checkpoint(folder)
-    parts = list(quantize_model(source, windows, options))
-    with CheckpointWriter(source, target, GptqFormat(options.spec), "A test.") as writer:
-        for part in parts:
-            writer.add(part)
-    return parts
+    linears = random_linears(source)
+    with CheckpointWriter(source, target, FolderPlan("A test.")) as writer:
+        for name, linear in linears.items():
+            writer.add_linear(name, linear)
+    return linears
 
 
 def test_v1_stores_golden_words() -> None:
@@ -96,24 +114,21 @@ def test_an_asymmetric_v1_file_with_a_wrapped_zero_point_is_refused() -> None:
 
 
 def test_a_reloaded_folder_holds_exactly_what_was_quantized(
-    tiny_folder: Path, tmp_path: Path, windows: Windows, options: GptqOptions
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "quantized"
-    parts = write_quantized(tiny_folder, target, windows, options)
+    linears = write_quantized(tiny_folder, target)
     checkpoint = Checkpoint(target)
-    assert [part.name for part in parts] == checkpoint.linear_names()
-    for part in parts:
-        linear = checkpoint.linear(part.name)
+    for name, written in linears.items():
+        linear = checkpoint.linear(name)
         assert isinstance(linear, GroupedLinear)
-        np.testing.assert_array_equal(linear.codes, part.linear.codes)
-        np.testing.assert_array_equal(linear.dequantize(), part.linear.dequantize())
+        np.testing.assert_array_equal(linear.codes, written.codes)
+        np.testing.assert_array_equal(linear.dequantize(), written.dequantize())
 
 
-def test_the_folder_carries_what_other_readers_look_for(
-    tiny_folder: Path, tmp_path: Path, windows: Windows, options: GptqOptions
-) -> None:
+def test_the_folder_carries_what_other_readers_look_for(tiny_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "quantized"
-    write_quantized(tiny_folder, target, windows, options)
+    write_quantized(tiny_folder, target)
     config = json.loads((target / "config.json").read_text())
     quantization = config["quantization_config"]
     assert quantization == json.loads((target / "quantize_config.json").read_text())
@@ -132,11 +147,9 @@ def test_the_folder_carries_what_other_readers_look_for(
     )
 
 
-def test_bits_per_weight_count_every_byte(
-    tiny_folder: Path, tmp_path: Path, windows: Windows, options: GptqOptions
-) -> None:
+def test_bits_per_weight_count_every_byte(tiny_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "quantized"
-    write_quantized(tiny_folder, target, windows, options)
+    write_quantized(tiny_folder, target)
     info = Checkpoint(target).info()
     tensors = load_file(target / "model.safetensors")
     parts = ("qweight", "qzeros", "scales", "g_idx")
@@ -190,14 +203,12 @@ def test_shards_are_read_through_their_index(tiny_folder: Path) -> None:
 def test_a_large_model_is_written_in_shards(
     tiny_folder: Path,
     tmp_path: Path,
-    windows: Windows,
-    options: GptqOptions,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, target = tmp_path / "whole", tmp_path / "shards"
-    write_quantized(tiny_folder, whole, windows, options)
-    monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 40_000)
-    write_quantized(tiny_folder, target, windows, options)
+    write_quantized(tiny_folder, whole)
+    monkeypatch.setattr(tensor_spool, "MAX_SHARD_BYTES", 40_000)
+    write_quantized(tiny_folder, target)
     assert len(list(target.glob("model-*.safetensors"))) > 2
     sharded, single = Checkpoint(target), Checkpoint(whole)
     assert set(sharded.store.names) == set(single.store.names)
@@ -205,16 +216,14 @@ def test_a_large_model_is_written_in_shards(
         np.testing.assert_array_equal(sharded.store.raw(name), single.store.raw(name))
 
 
-def test_a_part_that_never_came_is_named(
-    tiny_folder: Path, tmp_path: Path, windows: Windows, options: GptqOptions
-) -> None:
+def test_a_part_that_never_came_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     source = Checkpoint(tiny_folder)
-    first = next(iter(quantize_model(source, windows, options)))
+    first = source.linear_names()[0]
     with (
-        pytest.raises(ValueError, match=r"never written: model\.layers\.0\.mlp\.down_proj\.g_idx"),
-        CheckpointWriter(source, tmp_path / "q", GptqFormat(options.spec), "") as writer,
+        pytest.raises(ValueError, match=r"never written: model\.layers\.0\.self_attn\.k_proj"),
+        CheckpointWriter(source, tmp_path / "q", FolderPlan()) as writer,
     ):
-        writer.add(first)
+        writer.add_linear(first, random_linear(source.linear_shape(first), 0))
     assert not (tmp_path / "q").exists()
 
 
