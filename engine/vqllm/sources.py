@@ -1,7 +1,7 @@
-"""Where a model's full-precision weights come from, block by block, transformed or not.
+"""Where a model's weights come from, block by block, transformed or not.
 
-A source is what the quantization pipeline walks through: it never loads a model whole. Knows no
-quantization method.
+A source is what the quantization pipeline walks through and what the reference executor loads: it
+never holds a model whole. Knows no quantization method.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vqllm.checkpoint import FINAL_NORM, Checkpoint
+from vqllm.decoder.block import forward_block
 from vqllm.decoder.config import DecoderConfig
 from vqllm.decoder.norm import rms_norm
+from vqllm.decoder.rope import RotaryTable
 from vqllm.decoder.weights import BlockWeights, load_block
 from vqllm.errors import UnsupportedModel
-from vqllm.outlier.transform import ModelTransform
+from vqllm.outlier.transform import HadamardRotation, ModelTransform, rotation
 
 Tensors = dict[str, NDArray[Any]]
 
 
 class WeightSource(Protocol):
-    """The weights of one decoder, in full precision."""
+    """The weights of one decoder."""
 
     @property
     def config(self) -> DecoderConfig:
@@ -35,6 +38,11 @@ class WeightSource(Protocol):
     @property
     def transform(self) -> ModelTransform:
         """What a reader of the stored tensors has to compute besides the plain model."""
+        ...
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of config.json that differ from the folder this came from."""
         ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -57,12 +65,86 @@ class WeightSource(Protocol):
         """Every other tensor that is stored, by its name in the file.
 
         Unchanged ones come in the dtype of the source, bfloat16 as uint16 halves (as
-        `TensorFileWriter.put` takes them), changed ones as float32.
+        `TensorFileWriter.put` takes them); changed ones are float32, or float16 where a whole
+        table changed that the source keeps in 16 bits.
         """
         ...
 
 
-class PlainSource:
+class FolderSource:
+    """The weights of any folder, dequantized where they are quantized."""
+
+    config_changes: dict[str, Any]
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config_changes = {}
+        seed = checkpoint.transform.residual_seed
+        self._residual: HadamardRotation | None = (
+            None if seed is None else rotation(checkpoint.config.hidden_size, seed)
+        )
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.checkpoint.config
+
+    @property
+    def transform(self) -> ModelTransform:
+        return self.checkpoint.transform
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        hidden = self._embedding[token_ids]
+        return hidden if self._residual is None else self._residual.apply(hidden)
+
+    def block(self, layer: int) -> BlockWeights:
+        """Raises CorruptCheckpoint: a tensor is missing, misshapen or not finite."""
+        weights = load_block(self.checkpoint, layer)
+        weights.down_seed = self.transform.down_seed
+        return weights
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self._residual is not None:
+            hidden = self._residual.invert(hidden)
+        normed = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        return F.linear(normed, self.head)
+
+    def linear_names(self) -> list[str]:
+        return self.config.linear_names()
+
+    def other_tensors(self) -> Tensors:
+        """What lies in the folder besides the linears; extra prediction layers are left out."""
+        store, num_layers = self.checkpoint.store, self.config.num_layers
+        linears = tuple(f"{name}." for name in self.linear_names())
+        return {
+            name: store.raw(name)
+            for name in store.names
+            if (not name.startswith(linears) or name.endswith(".bias"))
+            and layer_of(name) < num_layers
+        }
+
+    @property
+    def embedding(self) -> Tensor:
+        """Table (vocab, d) as stored, float32."""
+        return self._embedding
+
+    @cached_property
+    def head(self) -> Tensor:
+        """Output projection (vocab, d), float32; the embedding where they are tied."""
+        if self.config.tie_word_embeddings:
+            return self._embedding
+        return torch.from_numpy(self.checkpoint.head())
+
+    @cached_property
+    def final_norm(self) -> Tensor:
+        """Weight (d,) of the last norm, float32."""
+        return torch.from_numpy(self.checkpoint.norm(FINAL_NORM))
+
+    @cached_property
+    def _embedding(self) -> Tensor:
+        return torch.from_numpy(self.checkpoint.embedding())
+
+
+class PlainSource(FolderSource):
     """The weights of an unquantized folder as they are."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -71,45 +153,27 @@ class PlainSource:
             raise UnsupportedModel(
                 f"{checkpoint.folder} is quantized already; quantize the original"
             )
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
 
-    @property
-    def config(self) -> DecoderConfig:
-        return self.checkpoint.config
 
-    @property
-    def transform(self) -> ModelTransform:
-        return ModelTransform()
+def source_logits(source: WeightSource, token_ids: Tensor) -> Tensor:
+    """Logits (b, t, vocab) of windows (b, t) that start at position 0, one block in memory."""
+    rotary = RotaryTable.build(source.config, token_ids.shape[1])
+    with torch.inference_mode():
+        hidden = source.embed(token_ids)
+        for layer in range(source.config.num_layers):
+            hidden = forward_block(hidden, source.block(layer), source.config, rotary)
+        return source.logits(hidden)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        return self._embedding[token_ids]
 
-    def block(self, layer: int) -> BlockWeights:
-        """Raises CorruptCheckpoint: a tensor is missing, misshapen or not finite."""
-        return load_block(self.checkpoint, layer)
+def layer_of(name: str) -> int:
+    """The block that a tensor belongs to by its name; -1 outside the blocks."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else -1
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        normed = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
-        return F.linear(normed, self._head)
 
-    def linear_names(self) -> list[str]:
-        return self.checkpoint.linear_names()
-
-    def other_tensors(self) -> Tensors:
-        store = self.checkpoint.store
-        linears = {f"{name}.weight" for name in self.linear_names()}
-        return {name: store.raw(name) for name in store.names if name not in linears}
-
-    @cached_property
-    def _embedding(self) -> Tensor:
-        return torch.from_numpy(self.checkpoint.embedding())
-
-    @cached_property
-    def _head(self) -> Tensor:
-        if self.config.tie_word_embeddings:
-            return self._embedding
-        return torch.from_numpy(self.checkpoint.head())
-
-    @cached_property
-    def _final_norm(self) -> Tensor:
-        return torch.from_numpy(self.checkpoint.norm(FINAL_NORM))
+def as_float32(values: NDArray[Any]) -> Tensor:
+    """A tensor of a source as float32; uint16 stands for bfloat16."""
+    if values.dtype == np.uint16:
+        return torch.from_numpy((values.astype(np.uint32) << 16).view(np.float32))
+    return torch.from_numpy(np.array(values, dtype=np.float32))
