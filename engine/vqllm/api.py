@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class RunOptions:
     """
 
     resume: bool = True
-    mapper: Mapper = LocalMapper()
+    mapper: Mapper = field(default_factory=LocalMapper)
     report: Report = _ignore
 
 

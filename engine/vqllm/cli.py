@@ -13,10 +13,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vqllm import cli_evaluate
+from vqllm import cli_evaluate, cli_quantize
 from vqllm.errors import VqllmError
 from vqllm.fetch import SOURCES
 
@@ -28,6 +27,7 @@ app = typer.Typer(
 _output = Console()
 _messages = Console(stderr=True)
 app.command()(cli_evaluate.evaluate)
+app.command()(cli_quantize.quantize)
 
 ModelArgument = Annotated[
     str, typer.Argument(help=f"Model folder, or a known name: {', '.join(SOURCES)}.")
@@ -61,49 +61,6 @@ def fetch(
 
     folder = fetch_model(name, cache, wheel, _messages.print)
     typer.echo(folder)
-
-
-@app.command()
-def quantize(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be new.")],
-    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights per scale, a power of two.")] = 128,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text to calibrate on; default is a text in the package."),
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 48,
-    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 512,
-    threads: ThreadsOption = 0,
-    cache: CacheOption = None,
-) -> None:
-    """Quantize a model's linear layers by GPTQ, layer by layer, into a new folder."""
-    import torch
-
-    from vqllm.api import AutoQuantizer
-    from vqllm.calibration import CalibrationConfig
-    from vqllm.quantization.base import GroupedSpec
-    from vqllm.quantization.gptq import GptqOptions
-    from vqllm.quantization.pipeline import QuantizedPart
-
-    if threads:
-        torch.set_num_threads(threads)
-    options = GptqOptions(GroupedSpec(bits, group_size))
-    text = CalibrationConfig(calibration, windows, window_length)
-    quantizer = AutoQuantizer.from_pretrained(model, cache)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(
-        *columns, TimeElapsedColumn(), TextColumn("{task.fields[last]}"), console=_messages
-    ) as progress:
-        task = progress.add_task("quantizing", total=quantizer.num_linears, last="")
-
-        def report(part: QuantizedPart) -> None:
-            name = part.name.removeprefix("model.layers.")
-            progress.update(task, advance=1, last=f"{name} error {part.relative_error:.5f}")
-
-        quantizer.quantize_to(output, options, text, report)
-    info(str(output))
 
 
 @app.command()

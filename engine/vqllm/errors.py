@@ -102,3 +102,19 @@ class EvaluationError(VqllmError):
 
 class ExecutorUnavailable(VqllmError):
     """The executor's library is absent, doubled, or lacks a needed provider."""
+
+
+class CorruptArtefact(VqllmError):
+    """A file of an unfinished run is damaged; names it and the remedy."""
+
+
+class ResumeMismatch(VqllmError):
+    """An unfinished run in the way was started with other settings; names what differs."""
+
+
+class DiskFull(VqllmError):
+    """The disk filled up; names the file. What was finished before is kept."""
+
+
+class OverBudget(VqllmError):
+    """The work cannot be done within the memory or the bits allowed; names what it would need."""

@@ -49,6 +49,17 @@ class GptqOptions:
         if self.column_block < 1 or self.clip_steps < 1:
             raise InvalidConfig("column_block", self.column_block, "at least 1, as clip_steps")
 
+    @property
+    def method(self) -> str:
+        """Key of the method's table."""
+        return "gptq"
+
+    def bits_of(self, out_features: int, in_features: int) -> float:
+        """Bits in the file: codes, scales, zero points and group indices."""
+        groups = self.spec.num_groups(in_features)
+        per_group = out_features * (16 + self.spec.bits)
+        return out_features * in_features * self.spec.bits + groups * per_group + 32 * in_features
+
 
 def quantize_gptq(weight: Tensor, hessian: Tensor, options: GptqOptions) -> GroupedLinear:
     """Quantize `weight` (out, in) float32 for inputs whose Gram matrix is `hessian` (in, in).

@@ -30,8 +30,16 @@ class Hessian:
         self._sum += rows.T @ rows
         self._num_rows += rows.shape[0]
 
+    def merged(self, other: Hessian) -> Hessian:
+        """Over the rows of both."""
+        result = Hessian(self._sum.shape[0])
+        result._sum = self._sum + other._sum
+        result._num_rows = self._num_rows + other._num_rows
+        return result
+
     @property
     def value(self) -> Tensor:
+        """(in, in) float64; zeros where nothing was counted."""
         return self._sum / max(self._num_rows, 1)
 
 
@@ -78,13 +86,17 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def _inverse_cholesky(hessian: Tensor) -> Tensor:
-    """Upper U with inverse(H) = U' U, float32: the Cholesky form of GPTQ (Frantar et al.)."""
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    inverse = torch.cholesky_inverse(lower)
-    upper, inverse_info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(info) or int(inverse_info):
+    """Upper U with inverse(H) = U' U, float32: the Cholesky form of GPTQ (Frantar et al.).
+
+    With J the reversal of rows and L L' = J H J, inverse(H) is U' U for U = J inverse(L) J: one
+    factorization and one triangular inverse, and no inverse of H itself.
+    """
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if int(info):
         raise CalibrationError(
             "the hessian is not positive definite; use more calibration text or more damping"
         )
-    factor: Tensor = upper.float()
-    return factor
+    identity = torch.eye(len(lower), dtype=lower.dtype)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    upper: Tensor = inverse.flip(0, 1).float()
+    return upper
