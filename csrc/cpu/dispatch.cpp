@@ -19,6 +19,7 @@ struct Tier {
   bool supported;
   const LatticeOps *lattice;
   const ScqOps *scq;
+  const MatrixOps *matrix = nullptr;
 };
 
 #if defined(VQ_X86)
@@ -29,6 +30,7 @@ constexpr unsigned kXcr0Avx512 = 0xe6;  // and opmask, upper halves of zmm0..15,
 struct Features {
   bool avx2 = false;
   bool avx512_vnni = false;
+  bool avx512_vbmi = false;
 };
 
 bool has_bit(unsigned word, int bit) {
@@ -48,38 +50,52 @@ Features detect() {
   if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !has_bit(c, 27) || !has_bit(c, 28)) {
     return found;  // no OSXSAVE or no AVX
   }
+  const bool has_f16c = has_bit(c, 29);
   const unsigned xcr0 = read_xcr0();
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) {
     return found;
   }
-  found.avx2 = (xcr0 & kXcr0Avx) == kXcr0Avx && has_bit(b, 5);
+  found.avx2 = (xcr0 & kXcr0Avx) == kXcr0Avx && has_bit(b, 5) && has_f16c;
   const bool f_bw_vl = has_bit(b, 16) && has_bit(b, 30) && has_bit(b, 31);
   found.avx512_vnni =
       found.avx2 && (xcr0 & kXcr0Avx512) == kXcr0Avx512 && f_bw_vl && has_bit(c, 11);
+  found.avx512_vbmi = found.avx512_vnni && has_bit(c, 1);
   return found;
 }
 
 #endif  // VQ_X86
 
-using Tiers = std::array<Tier, 3>;
+using Tiers = std::array<Tier, 4>;
 
 Tiers make_tiers() {
   Tiers tiers{{{"baseline", q4_panels_baseline, true, &lattice_ops_baseline, &scq_ops_baseline},
                {"avx2", nullptr, false, nullptr, nullptr},
-               {"avx512_vnni", nullptr, false, nullptr, nullptr}}};
+               {"avx512_vnni", nullptr, false, nullptr, nullptr},
+               {"avx512_vbmi", nullptr, false, nullptr, nullptr}}};
+  tiers[VQ_ISA_BASELINE].matrix = &matrix_ops_baseline;
 #if defined(VQ_X86)
   [[maybe_unused]] const Features found = detect();
 #if defined(VQ_HAVE_AVX2)
   tiers[VQ_ISA_AVX2].q4_panels = q4_panels_avx2;
   tiers[VQ_ISA_AVX2].lattice = &lattice_ops_avx2;
   tiers[VQ_ISA_AVX2].scq = &scq_ops_avx2;
+  tiers[VQ_ISA_AVX2].matrix = &matrix_ops_baseline;
   tiers[VQ_ISA_AVX2].supported = found.avx2;
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI)
   tiers[VQ_ISA_AVX512_VNNI].q4_panels = q4_panels_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].lattice = &lattice_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].scq = &scq_ops_avx512_vnni;
+  tiers[VQ_ISA_AVX512_VNNI].matrix = &matrix_ops_baseline;
   tiers[VQ_ISA_AVX512_VNNI].supported = found.avx512_vnni;
+#endif
+#if defined(VQ_HAVE_AVX512_VNNI) && defined(VQ_HAVE_AVX512_VBMI)
+  // Kernels without byte permutes are those of the tier below.
+  Tier &vbmi = tiers[VQ_ISA_AVX512_VBMI];
+  vbmi = tiers[VQ_ISA_AVX512_VNNI];
+  vbmi.name = "avx512_vbmi";
+  vbmi.matrix = &matrix_ops_avx512_vbmi;
+  vbmi.supported = found.avx512_vbmi;
 #endif
 #endif
   return tiers;
@@ -115,6 +131,10 @@ Q4PanelsFn q4_panels() {
 
 const LatticeOps &lattice_ops() {
   return *tiers()[current_isa().load(std::memory_order_relaxed)].lattice;
+}
+
+const MatrixOps &matrix_ops() {
+  return *tiers()[current_isa().load(std::memory_order_relaxed)].matrix;
 }
 
 const ScqOps &scq_ops() {

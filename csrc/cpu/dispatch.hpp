@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lattice_kernels.hpp"
+#include "matrix_kernels.hpp"
 #include "q4_kernels.hpp"
 #include "scq_solve_kernels.hpp"
 
@@ -12,6 +13,9 @@ Q4PanelsFn q4_panels();
 
 // The lattice loops of the current tier.
 const LatticeOps &lattice_ops();
+
+// The packed-matrix loops of the current tier.
+const MatrixOps &matrix_ops();
 
 // The SCQ solver of the current tier.
 const ScqOps &scq_ops();

@@ -65,7 +65,8 @@ typedef enum vq_isa {
   VQ_ISA_AUTO = -1, /* only for vq_set_isa: the best tier that runs here */
   VQ_ISA_BASELINE = 0,
   VQ_ISA_AVX2 = 1,
-  VQ_ISA_AVX512_VNNI = 2
+  VQ_ISA_AVX512_VNNI = 2,
+  VQ_ISA_AVX512_VBMI = 3 /* the same with byte permutes */
 } vq_isa;
 
 /* A packed 4-bit matrix; see the layout above. 64-byte aligned codes are faster, not required. */
@@ -113,7 +114,7 @@ VQ_API int32_t vq_abi_version(void);
 /* One English sentence for a vq_status; never NULL. */
 VQ_API const char *vq_status_text(int32_t status);
 
-/* "baseline", "avx2", "avx512_vnni" or "unknown"; never NULL. */
+/* "baseline", "avx2", "avx512_vnni", "avx512_vbmi" or "unknown"; never NULL. */
 VQ_API const char *vq_isa_name(int32_t isa);
 
 /* 1 if this build contains the tier and CPU and operating system can run it, else 0. */
@@ -156,6 +157,94 @@ VQ_API int32_t vq_q8_quantize(const float *x, int32_t num_values, int32_t group_
  * x is [batch][in_features], y is [batch][out_features]; pool may be NULL (calling thread only). */
 VQ_API int32_t vq_q4_gemv(const vq_q4_matrix *matrix, const float *x, int32_t batch, float *y,
                           vq_pool *pool);
+
+/* ---- Packed matrices of every format ----
+ *
+ * A vq_matrix multiplies activations [batch][in_features] with weights [out_features][in_features].
+ * It may stack parts of different formats (q, k, v; gate, up): their rows follow each other.
+ * Activations become int8 with one scale per 128 columns, as vq_q8_quantize does it; dots within
+ * the smaller of a weight group and 128 columns are exact int32; then
+ *   y[n] = sum over stages of (sum over groups, in order, of float(dot) * (w_scale * x_scale))
+ * with a rounding after every operation, so that tiers, batches and threads give the same bits. */
+
+enum {
+  VQ_MATRIX_GRID = 0,  /* (code - zero) * scale, 2, 3, 4 or 8 bits, as GPTQ stores it */
+  VQ_MATRIX_DENSE = 1, /* floats, rounded to 8 bits here; scale = largest / 127, in binary16 */
+  VQ_MATRIX_TCQ = 2,   /* trellis states along the outputs, values from a table of 256 */
+  VQ_MATRIX_VQ = 3,    /* vectors along the outputs, one or two codebooks */
+  VQ_MATRIX_MAX_PARTS = 16,
+  VQ_MATRIX_MAX_CODES = 65536
+};
+
+/* One part. in_features is the same in all parts. group_size: columns per scale, 32, 64, a multiple
+ * of 128, or 0 for one group; G = number of groups.
+ *
+ * GRID   codes: int32 [ceil(in * bits / 32)][out], every output's codes one bit stream, lowest bit
+ *        first; or, with codes_are_bytes, uint8 [in][out]. zeros: NULL for 2^(bits-1), else
+ *        int32 [G][ceil(out * bits / 32)], zero_offset is added modulo 2^bits; or, with
+ *        codes_are_bytes, uint8 [G][out]. scales: binary16 [G][out].
+ * DENSE  codes: float32 [out][in], or binary16 with weights_are_half.
+ * TCQ    codes: uint8 [in][ceil(out * bits / 8)], bits 1..5; symbol r of a column is its bits
+ *        [r * bits, +bits), lowest first; state s_r = its trellis_bits (10..16) bits that end with
+ *        symbol r, 0 before the first. Value = table[((s * multiplier) mod 2^trellis_bits) >>
+ *        (trellis_bits - 8)] * scales[g][r]. scales: binary16 [G][out]; table: int8 [256].
+ * VQ     indices: uint16 [ceil(out / vector_length)][in] per stage; index i stands for the
+ *        vector_length (4, 6, 8, 16) outputs from vector_length * row on. codebooks: binary16
+ *        [num_codes][vector_length] per stage; rounded to int8, one scale per component. */
+typedef struct vq_matrix_part {
+  int32_t kind;
+  int32_t in_features;
+  int32_t out_features;
+  int32_t bits;
+  int32_t group_size;
+  int32_t zero_offset;
+  int32_t codes_are_bytes;
+  int32_t weights_are_half;
+  int32_t trellis_bits;
+  int32_t multiplier; /* odd */
+  int32_t vector_length;
+  int32_t num_stages;
+  int32_t num_codes[2];
+  const void *codes;
+  const void *zeros;
+  const uint16_t *scales;
+  const int8_t *table;
+  const uint16_t *indices[2];
+  const uint16_t *codebooks[2];
+} vq_matrix_part;
+
+/* What happens to x before the weights see it; every pointer may be NULL. Column j of the weights
+ * reads x[permutation[j]] * column_scales[permutation[j]]; sum_i x[i] * column_bias[i] is added to
+ * every output. */
+typedef struct vq_matrix_input {
+  const int32_t *permutation;
+  const float *column_scales;
+  const float *column_bias;
+} vq_matrix_input;
+
+typedef struct vq_matrix vq_matrix;
+
+/* Bytes of packed memory that vq_matrix_create needs. */
+VQ_API int32_t vq_matrix_get_size(const vq_matrix_part *parts, int32_t num_parts, int64_t *bytes);
+
+/* Packs the parts. memory: 64-byte aligned, of vq_matrix_get_size bytes, must outlive the matrix;
+ * NULL: the matrix allocates. is_packed: memory already holds what an earlier call packed there
+ * (codes, zeros and weights are not read then). input may be NULL. Other pointers are not kept. */
+VQ_API int32_t vq_matrix_create(const vq_matrix_part *parts, int32_t num_parts,
+                                const vq_matrix_input *input, void *memory, int32_t is_packed,
+                                vq_matrix **matrix);
+
+/* NULL is allowed. */
+VQ_API void vq_matrix_free(vq_matrix *matrix);
+
+/* y [batch][out_features] from x [batch][in_features]. exact: float32 activations, weights as the
+ * checkpoint means them, no int8 (DENSE: as rounded). pool may be NULL. */
+VQ_API int32_t vq_matrix_multiply(const vq_matrix *matrix, const float *x, int32_t batch, float *y,
+                                  int32_t exact, vq_pool *pool);
+
+/* Rows of the weight as float32 [count][in_features], column scales and permutation undone. */
+VQ_API int32_t vq_matrix_read_rows(const vq_matrix *matrix, const int32_t *rows, int32_t count,
+                                   float *weights);
 
 /* Search of sparse convex codes. A state of a latent z is at most max_support codes with positive
  * numerators that sum to denominator; its error is |z - sum numerator_i / denominator * code_i|^2.

@@ -21,9 +21,10 @@ class Isa(enum.IntEnum):
     BASELINE = 0
     AVX2 = 1
     AVX512_VNNI = 2
+    AVX512_VBMI = 3
 
 
-TIERS: tuple[Isa, ...] = (Isa.BASELINE, Isa.AVX2, Isa.AVX512_VNNI)
+TIERS: tuple[Isa, ...] = (Isa.BASELINE, Isa.AVX2, Isa.AVX512_VNNI, Isa.AVX512_VBMI)
 
 
 def supported_isas() -> tuple[Isa, ...]:

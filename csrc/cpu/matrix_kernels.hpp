@@ -1,0 +1,126 @@
+// Packed layouts of vq_matrix, and what its instruction-set tiers share.
+// Declarations and constants only: an inline function here would be compiled once per tier, and the
+// linker could keep the AVX-512 copy for everybody.
+//
+// Every format decodes to blocks: 64 bytes, byte 8 * r + c = code of row r of a row set (8 rows) in
+// column c of 8 consecutive columns. A code w of a block stands for (w - zero) * scale. Two row sets
+// are a pair, whose 16 rows are the lanes of one result vector; a panel has one or more pairs. The
+// columns are padded to whole chunks; activations there are 0.
+//
+//   GRID  16 rows per panel, row sets = rows 0-7 and 8-15. Per 8 columns: 8 bits: two blocks; 4 bits:
+//         64 bytes, low nibbles = set 0, high = set 1. 2 bits: per 16 columns 64 bytes, bit pairs =
+//         (columns 0-7: set 0, set 1), (columns 8-15: set 0, set 1). 3 bits: per 32 columns 64 bytes
+//         of high bits (bit 2 * block + set), then the low two bits as for 2 bits.
+//   TCQ   16 rows per panel, likewise. Per 8 columns 16 * bits bytes: 2 * bits bytes of each
+//         column's bit stream. A state reaches back into the panel before; the first one follows a
+//         panel of zeros.
+//   VQ    8 index rows per panel, one index = vector_length rows. Per 8 columns 64 indices [8][8],
+//         uint8 for up to 256 codes (row set = one component of 8 index rows), else uint16 (row set
+//         = the components of an index row, padded to 8 or halved if they are 16; of two index rows
+//         if they are 4).
+//
+// y = sum over stages of (sum over segments, in order, of float(dot - zero * sum) * (scale * x_scale))
+// with exact int32 dots, and multiply and add as separate roundings.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.hpp"
+
+namespace vq {
+
+constexpr int kBlock = 8;         // rows and columns of a block
+constexpr int kBlockBytes = 64;
+constexpr int kPairRows = 16;        // rows of a pair of row sets
+constexpr int kChunkColumns = 32; // columns are padded to a multiple
+constexpr int kMaxPairs = 8;
+constexpr int kMaxStages = 2;
+constexpr int kMaxVector = 16;
+constexpr int kReadAhead = 64;    // bytes behind the last code that a kernel may read
+
+enum class Decode : std::int32_t {
+  kGrid2,
+  kGrid3,
+  kGrid4,
+  kGrid8,
+  kTcq,
+  kVqSmall,  // uint8 indices
+  kVqLarge,  // uint16 indices
+  kCount
+};
+
+// Byte-permute controls of the trellis, see matrix_avx512_vbmi.cpp. Frame f of a column is 8 bytes
+// that hold all states of its rows; below 4 bits one frame has 16 rows, else 8.
+struct TcqPlan {
+  std::int32_t bits;
+  std::int32_t trellis_bits;
+  std::int32_t multiplier;
+  std::int32_t frames;
+  alignas(64) std::uint8_t gather[2][64];  // frame bytes out of (panel before, panel)
+  alignas(64) std::uint8_t shifts[4][64];  // bit offsets of the 16-bit windows of 4 rows
+  alignas(64) std::uint8_t table[256];     // code = value + 128
+};
+
+// One pass over the columns: all of a grid or trellis, one codebook of VQ.
+struct MatrixStage {
+  Decode decode;
+  std::int32_t zero;           // code of weight 0, where the part has no zeros
+  std::int32_t pairs;          // per panel
+  std::int32_t vector_length;  // VQ: components of an index, else 0
+  std::int32_t num_codes;
+  std::int32_t entry_bytes;  // VqLarge: bytes per table entry
+  std::int64_t panel_bytes;
+  const std::uint8_t *codes;
+  const std::uint8_t *table;  // VqSmall [vector][256], VqLarge [num_codes][entry_bytes]
+  const float *lane_scales;   // VQ: [pairs][16]
+  const std::uint16_t *codebook;  // VQ: binary16 [num_codes][vector_length], for exact products
+  const TcqPlan *tcq;
+  std::int16_t lane_rows[kMaxPairs * kPairRows];  // row in the panel, -1 for padding
+  bool rows_in_order;                          // lane_rows is 0, 1, 2, ...
+};
+
+struct MatrixPart {
+  std::int32_t in_features;
+  std::int32_t columns;  // padded
+  std::int32_t rows;
+  std::int32_t row_begin;  // in the whole matrix
+  std::int32_t panel_begin;
+  std::int32_t num_panels;
+  std::int32_t panel_rows;
+  std::int32_t segment;  // columns with one weight and one activation scale: 32, 64 or 128
+  std::int32_t segments_per_group;
+  std::int32_t num_groups;
+  std::int32_t num_stages;
+  const std::uint16_t *scales;  // binary16 [panel][group][16], not for VQ
+  const std::uint8_t *zeros;    // [panel][group][16] or nullptr
+  MatrixStage stages[kMaxStages];
+};
+
+struct MatrixJob {
+  const MatrixPart *part;
+  Activations x;
+  float *y;
+  std::int64_t y_stride;
+};
+
+// Computes the panels [begin, end) of the part, numbered from its first.
+using MatrixPanelsFn = void (*)(const MatrixJob &job, std::int32_t begin, std::int32_t end);
+
+// Writes the blocks of columns [column, column + count) as tile [pair][count / 8][2][64].
+using DecodeTileFn = void (*)(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
+                              std::int32_t count, std::uint8_t *tile);
+
+struct MatrixOps {
+  MatrixPanelsFn panels;
+  DecodeTileFn decode;
+};
+
+extern const MatrixOps matrix_ops_baseline;
+extern const MatrixOps matrix_ops_avx2;
+extern const MatrixOps matrix_ops_avx512_vnni;
+extern const MatrixOps matrix_ops_avx512_vbmi;
+
+void decode_tile_baseline(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
+                          std::int32_t count, std::uint8_t *tile);
+
+}  // namespace vq
