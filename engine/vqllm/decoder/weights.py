@@ -18,7 +18,7 @@ from vqllm.tensor_store import TensorStore
 
 @dataclass
 class BlockWeights:
-    """Weights of one block, all float32 unless a caller casts them.
+    """Weights of one block, float32; a caller may cast the linears.
 
     Attributes:
         input_norm, post_attention_norm: (d,).
@@ -39,7 +39,7 @@ class BlockWeights:
 
     def project(self, part: str, inputs: Tensor) -> Tensor:
         """Inputs (..., in) through the linear called `part`, bias included: (..., out)."""
-        return F.linear(inputs, self.linears[part], self.biases.get(part))
+        return product(inputs, self.linears[part], self.biases.get(part))
 
     def rotate_down(self, gated: Tensor) -> Tensor:
         """What the down projection reads, from the gated activation (..., intermediate)."""
@@ -48,11 +48,12 @@ class BlockWeights:
         return rotation(gated.shape[-1], self.down_seed).apply(gated)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Move and cast every tensor, in place."""
-        self.input_norm = self.input_norm.to(device, dtype)
-        self.post_attention_norm = self.post_attention_norm.to(device, dtype)
-        for tensors in (self.linears, self.biases, self.inner):
-            tensors.update({name: tensor.to(device, dtype) for name, tensor in tensors.items()})
+        """Move every tensor to a device, and cast the linears' weights, in place."""
+        self.input_norm = self.input_norm.to(device)
+        self.post_attention_norm = self.post_attention_norm.to(device)
+        self.linears = {part: w.to(device, dtype) for part, w in self.linears.items()}
+        self.biases = {part: b.to(device) for part, b in self.biases.items()}
+        self.inner = {name: values.to(device) for name, values in self.inner.items()}
 
 
 class TensorReader(Protocol):
@@ -75,6 +76,14 @@ class TensorReader(Protocol):
     def dense_linear(self, name: str) -> NDArray[np.float32]:
         """A linear as weights (out, in), dequantized if need be."""
         ...
+
+
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """inputs (..., in) times weight (out, in)', in the weight's dtype, back in the inputs'."""
+    if weight.dtype == inputs.dtype:
+        return F.linear(inputs, weight, bias)
+    outputs = F.linear(inputs.to(weight.dtype), weight).to(inputs.dtype)
+    return outputs if bias is None else outputs + bias
 
 
 def load_block(reader: TensorReader, layer: int) -> BlockWeights:

@@ -17,6 +17,7 @@ from vqllm.errors import ExecutorUnavailable, UnsupportedModel
 from vqllm.llama import BlockWeights
 from vqllm.packing import pack_columns, pack_rows
 from vqllm.quantization.base import GroupedLinear
+from vqllm.runtime.executors.support import refuse_beyond
 from vqllm.runtime.executors.torch import TorchExecutor
 
 BITS = 4
@@ -61,6 +62,7 @@ class NativeExecutor(TorchExecutor):
                 f"executor 'native' has no native library: {status.reason}; "
                 f"use one of {', '.join(status.executors)}"
             )
+        refuse_beyond(checkpoint, self.name)
         self._isa = status.isa
         self._pool = ThreadPool(num_threads) if num_threads > 1 else None
         super().__init__(checkpoint, context_length, max_num_sequences, num_threads)

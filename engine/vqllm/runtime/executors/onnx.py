@@ -23,6 +23,7 @@ from vqllm.errors import ExecutorUnavailable
 from vqllm.export.onnx_graph import GraphOptions, cache_names, export_onnx
 from vqllm.model_config import LlamaConfig
 from vqllm.runtime.executors.base import Executor, Logits
+from vqllm.runtime.executors.support import refuse_beyond
 
 PREFILL_CHUNK = 512  # tokens per call, which bounds the attention scores held at once
 _GRAPH_FILE = "model.onnx"
@@ -77,6 +78,7 @@ class OnnxExecutor(Executor):
             UnsupportedModel, CorruptCheckpoint: the checkpoint cannot be exported.
         """
         check_onnxruntime_distribution()
+        refuse_beyond(checkpoint, self.name)
         config = checkpoint.config
         path = cached_graph(checkpoint, options or GraphOptions())
         self.vocab_size = config.vocab_size
