@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import EvaluationError
 from vqllm.evaluation.perplexity import (
     PairedScores,
+    PerToken,
     TokenScores,
     compare_windows,
     score_windows,
@@ -123,7 +125,7 @@ def _divergence(scores: PairedScores) -> dict[str, float]:
 
 def _agreement(scores: PairedScores) -> dict[str, float]:
     """Top-1 agreement, flips, and the root mean square change of the token's probability."""
-    change = np.exp(-scores.nll.astype(np.float64)) - np.exp(-scores.reference_nll)
+    change = _probability(scores.nll) - _probability(scores.reference_nll)
     interval = bootstrap_mean(scores.agrees.mean(axis=1))
     return {
         "top1_agreement": float(scores.agrees.mean()),
@@ -132,6 +134,10 @@ def _agreement(scores: PairedScores) -> dict[str, float]:
         "flips": float(scores.flips.mean()),
         "rms_probability_change": float(np.sqrt((change**2).mean())),
     }
+
+
+def _probability(nll: PerToken) -> NDArray[np.float64]:
+    return np.exp(-nll.astype(np.float64))
 
 
 def evaluate_folder(
