@@ -15,6 +15,7 @@ from vqllm.errors import (
     EmptyPrompt,
     InvalidConfig,
     InvalidPrompt,
+    InvalidSampling,
     PromptTooLong,
     QueueFull,
 )
@@ -204,10 +205,12 @@ class Engine:
 
         Raises:
             EmptyPrompt, PromptTooLong, InvalidPrompt: the prompt cannot be run.
+            InvalidSampling: a token of `logit_bias` does not exist.
             DuplicateSequence: the id is in use.
             QueueFull: `max_waiting` sequences are waiting.
         """
         self._check_prompt(prompt_token_ids)
+        self._check_bias(params)
         if sequence_id in self._answers:
             raise DuplicateSequence(sequence_id)
         if self.num_waiting >= self.config.max_waiting:
@@ -262,6 +265,12 @@ class Engine:
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise InvalidPrompt(f"token id {token_id} is outside [0, {vocab_size})")
+
+    def _check_bias(self, params: SamplingParams) -> None:
+        vocab_size = self._tokenizer.vocab_size
+        for token_id, _ in params.logit_bias:
+            if token_id >= vocab_size:
+                raise InvalidSampling("logit_bias", token_id, f"a token id below {vocab_size}")
 
     def _advance(self, work: Work, logits: Logits) -> StepOutput | None:
         """Draw the tokens that a step's logits (num_logits, vocab_size) allow."""

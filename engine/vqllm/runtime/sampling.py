@@ -17,6 +17,8 @@ from vqllm.errors import InvalidSampling
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
 _MAX_TOKENS = 2**31 - 1
 _COLDEST = 1e-6  # colder ones are greedy as well, but zero in float32
 
@@ -27,10 +29,11 @@ Logits = NDArray[np.float32]
 class SamplingParams:
     """How to choose tokens for one sequence, and when to stop.
 
-    Filters apply in this order: penalties, temperature, top_k, top_p, min_p. `temperature=0` is
-    greedy and ignores the filters. `top_k=0` and `min_p=0` are off. `logprobs=n` asks for the
-    log-probabilities of the chosen token and of the n most probable ones, taken from the model's
-    distribution before penalties and filters.
+    Filters apply in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+    `temperature=0` is greedy and ignores the filters. `top_k=0` and `min_p=0` are off.
+    `logit_bias` holds (token id, addend) pairs. `logprobs=n` asks for the log-probabilities of the
+    chosen token and of the n most probable ones, taken from the model's distribution before bias,
+    penalties and filters.
 
     Raises:
         InvalidSampling: a value is outside its range; the message names field, value and range.
@@ -48,6 +51,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, _MAX_TOKENS)
@@ -66,6 +70,16 @@ class SamplingParams:
             raise InvalidSampling(
                 "stop", self.stop, f"at most {MAX_STOP_STRINGS} strings, none of them empty"
             )
+        self._check_logit_bias()
+
+    def _check_logit_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASED_TOKENS:
+            raise InvalidSampling(
+                "logit_bias", f"{len(self.logit_bias)} tokens", f"at most {MAX_BIASED_TOKENS}"
+            )
+        for token_id, addend in self.logit_bias:
+            _check_int("logit_bias", token_id, 0, _MAX_TOKENS)
+            _check_float("logit_bias", addend, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
     @property
     def is_greedy(self) -> bool:
@@ -105,6 +119,8 @@ class Sampler:
         frequency penalties (the OpenAI definition).
         """
         params = self._params
+        if params.logit_bias:
+            logits = _biased(logits, params.logit_bias)
         if params.has_penalties:
             logits = _penalize(logits, params, prompt_ids, output_ids)
         if params.is_greedy:
@@ -125,6 +141,13 @@ class Sampler:
             logprob=float(log_probabilities[token_id]),
             top=tuple((int(i), float(log_probabilities[i])) for i in top),
         )
+
+
+def _biased(logits: Logits, logit_bias: tuple[tuple[int, float], ...]) -> Logits:
+    logits = logits.copy()
+    for token_id, addend in logit_bias:
+        logits[token_id] += addend
+    return logits
 
 
 def _penalize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc.aio
 
+from vqllm.runtime.drafting import DraftConfig
 from vqllm.runtime.engine import EngineConfig
 from vqllm.runtime.loading import load
 from vqserve.common.asgi import build_http
@@ -34,6 +35,9 @@ def engine_config(settings: GenerationSettings) -> EngineConfig:
         max_num_sequences=settings.max_num_sequences,
         max_waiting=settings.max_concurrent_requests,
         context_length=settings.context_length,
+        max_tokens_per_step=settings.max_tokens_per_step,
+        num_pages=settings.kv_pages,
+        draft=DraftConfig(settings.draft_tokens),
     )
 
 

@@ -24,6 +24,15 @@ class GenerationSettings(ServiceSettings):
         None, ge=2, description="Tokens of prompt and answer together; the model's own when unset"
     )
     max_num_sequences: int = Field(8, ge=1, description="Sequences that one step advances together")
+    max_tokens_per_step: int = Field(
+        512, ge=1, description="Tokens that one step computes at most, prompts included"
+    )
+    kv_pages: int | None = Field(
+        None, ge=1, description="Pages of the KV cache; enough for every sequence when unset"
+    )
+    draft_tokens: int = Field(
+        0, ge=0, le=16, description="Tokens guessed ahead in repetitive text; 0 is off"
+    )
     heartbeat_seconds: float = Field(
         15.0, gt=0, description="Longest silence of an event stream before a comment is sent"
     )

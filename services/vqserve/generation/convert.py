@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vqllm import errors as engine_errors
 from vqllm.runtime.engine import StepOutput
+from vqllm.runtime.sampling import TokenLogprobs
 from vqllm.runtime.sequence import FinishReason
 from vqserve.common.errors import Internal, ResourceExhausted, ServiceError
 from vqserve.generation import errors
@@ -78,10 +79,14 @@ def _prompt(message: generation_pb2.GenerateRequest) -> Prompt | None:
 
 def _sampling(message: generation_pb2.SamplingParams) -> dict[str, SamplingValue]:
     values: dict[str, SamplingValue] = {
-        field.name: value for field, value in message.ListFields() if field.name != "stop"
+        field.name: value
+        for field, value in message.ListFields()
+        if field.name not in ("stop", "logit_bias")
     }
     if message.stop:
         values["stop"] = tuple(message.stop)
+    if message.logit_bias:
+        values["logit_bias"] = tuple((entry.token_id, entry.bias) for entry in message.logit_bias)
     return values
 
 
@@ -89,7 +94,11 @@ def generate_response(
     output: StepOutput, first_token_after: float | None, total: float
 ) -> generation_pb2.GenerateResponse:
     """One message of a Generate stream; the times in seconds go into the last one."""
-    response = generation_pb2.GenerateResponse(text=output.text, token_ids=output.token_ids)
+    response = generation_pb2.GenerateResponse(
+        text=output.text,
+        token_ids=output.token_ids,
+        logprobs=[_token_logprobs(logprobs) for logprobs in output.logprobs],
+    )
     if output.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[output.finish_reason]
         response.usage.prompt_tokens = output.num_prompt_tokens
@@ -97,6 +106,14 @@ def generate_response(
         response.usage.time_to_first_token_seconds = first_token_after or 0.0
         response.usage.total_seconds = total
     return response
+
+
+def _token_logprobs(logprobs: TokenLogprobs) -> generation_pb2.TokenLogprobs:
+    pair = generation_pb2.TokenLogprob
+    return generation_pb2.TokenLogprobs(
+        chosen=pair(token_id=logprobs.token_id, logprob=logprobs.logprob),
+        top=[pair(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top],
+    )
 
 
 def model_info(model: ServedModel) -> generation_pb2.ModelInfo:

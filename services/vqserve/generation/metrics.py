@@ -6,6 +6,9 @@ prometheus_client locks each value.
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -60,8 +63,24 @@ class LlmMetrics:
         self.info = Gauge(
             "llm_model_info", "Loaded models, always 1.", _INFO_LABELS, registry=registry
         )
+        self._add_engine()
         self._add_latencies()
         self._add_sizes()
+
+    def _add_engine(self) -> None:
+        self.pages_used = self._gauge("kv_pages_used", "Pages of the KV cache that are held.")
+        self.pages_total = self._gauge("kv_pages", "Pages of the KV cache that exist.")
+        self.tokens_per_second = self._gauge(
+            "generation_tokens_per_second", "Tokens generated in the last ten seconds, per second."
+        )
+        self.prefix_hits = self._counter(
+            "prefix_hit_tokens", "Prompt tokens found in the KV cache, so not computed again."
+        )
+        self.preemptions = self._counter(
+            "preemptions", "Sequences that lost their pages to older ones and started over."
+        )
+        self.drafted = self._counter("drafted_tokens", "Tokens guessed ahead.")
+        self.accepted = self._counter("accepted_tokens", "Guessed tokens that were right.")
 
     def _add_latencies(self) -> None:
         self.time_to_first_token = self._histogram(
@@ -107,6 +126,31 @@ class LlmMetrics:
         return Histogram(f"llm_{name}", text, ("model",), registry=self._registry, buckets=buckets)
 
 
+class RecentRate:
+    """Events per second over the last ten seconds; safe to read from another thread."""
+
+    _SECONDS = 10
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_second: deque[tuple[int, int]] = deque(maxlen=self._SECONDS + 1)
+
+    def add(self, count: int) -> None:
+        """Count events that happen now."""
+        second = int(time.monotonic())
+        with self._lock:
+            if self._by_second and self._by_second[-1][0] == second:
+                count += self._by_second.pop()[1]
+            self._by_second.append((second, count))
+
+    def per_second(self) -> float:
+        """Mean over the last ten whole seconds."""
+        now = int(time.monotonic())
+        with self._lock:
+            recent = [n for second, n in self._by_second if now - self._SECONDS <= second < now]
+        return sum(recent) / self._SECONDS
+
+
 class ModelMetrics:
     """The llm_* series of one loaded model."""
 
@@ -121,6 +165,9 @@ class ModelMetrics:
         self._generation_tokens = families.generation_tokens.labels(model)
         self._first_token = families.time_to_first_token.labels(model)
         self._gap = families.inter_token_latency.labels(model)
+        self._rate = RecentRate()
+        families.tokens_per_second.labels(model).set_function(self._rate.per_second)
+        self._previous: EngineStats | None = None
         self._step_duration = families.step_duration.labels(model)
         self._step_batch_size = families.step_batch_size.labels(model)
         for reason in ("stop", "length", "abort", "error"):
@@ -136,16 +183,32 @@ class ModelMetrics:
 
     def forget(self) -> None:
         """Drop the gauges of an unloaded model; counters keep their last value."""
-        for gauge in (self._families.running, self._families.waiting, self._families.kv_usage):
+        families = self._families
+        loads = (families.running, families.waiting, families.kv_usage)
+        engine = (families.pages_used, families.pages_total, families.tokens_per_second)
+        for gauge in (*loads, *engine):
             gauge.remove(self._model)
         if self._info_labels is not None:
             self._families.info.remove(*self._info_labels)
 
     def load(self, stats: EngineStats) -> None:
-        """Set the load gauges."""
+        """Set the load gauges and count what the engine's totals gained."""
+        families, model = self._families, self._model
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(stats.kv_tokens_used / max(1, stats.kv_tokens_capacity))
+        families.pages_used.labels(model).set(stats.pages_used)
+        families.pages_total.labels(model).set(stats.pages_total)
+        counters = {
+            "prefix_hit_tokens": families.prefix_hits,
+            "preemptions": families.preemptions,
+            "drafted_tokens": families.drafted,
+            "accepted_tokens": families.accepted,
+        }
+        for total, counter in counters.items():
+            before = 0 if self._previous is None else getattr(self._previous, total)
+            counter.labels(model).inc(getattr(stats, total) - before)
+        self._previous = stats
 
     def step(self, seconds: float, num_sequences: int) -> None:
         """Count one engine step."""
@@ -160,6 +223,7 @@ class ModelMetrics:
     def tokens(self, num_tokens: int, gap_seconds: float | None) -> None:
         """Count new tokens; `gap_seconds` since the sequence's previous one, if there was one."""
         self._generation_tokens.inc(num_tokens)
+        self._rate.add(num_tokens)
         if gap_seconds is not None:
             for _ in range(num_tokens):
                 self._gap.observe(gap_seconds / num_tokens)

@@ -12,12 +12,14 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from vqllm.runtime.engine import StepOutput
+from vqllm.runtime.sampling import TokenLogprobs
 from vqllm.runtime.sequence import FinishReason
 from vqserve.common.errors import ServiceError
 from vqserve.common.logging import annotate, current_request_id
@@ -26,6 +28,7 @@ from vqserve.generation.driver import SequenceStream
 from vqserve.generation.errors import Aborted
 
 Json = dict[str, Any]
+Logprobs = tuple[TokenLogprobs, ...]
 ErrorBody = Callable[[ServiceError, str], Json]
 
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -40,6 +43,7 @@ class Reply(ABC):
 
     def __init__(self, generation: Generation) -> None:
         self.stream: SequenceStream = generation.stream
+        self._token_bytes = generation.model.loaded.tokenizer.token_bytes
         self._shared = {
             "id": f"{self.id_prefix}-{generation.stream.sequence.id}",
             "created": int(time.time()),
@@ -48,16 +52,20 @@ class Reply(ABC):
         }
 
     @abstractmethod
-    def choice(self, text: str, finish_reason: str) -> Json:
+    def choice(self, text: str, finish_reason: str, logprobs: Logprobs) -> Json:
         """The whole answer."""
 
     @abstractmethod
-    def delta(self, text: str, finish_reason: str | None) -> Json:
+    def delta(self, text: str, finish_reason: str | None, logprobs: Logprobs = ()) -> Json:
         """A piece of the answer, or its end."""
 
     def opening(self) -> Json | None:
         """What a stream says before the first token."""
         return None
+
+    def _text(self, token_id: int) -> str:
+        """A token as text; bytes that are no character of their own become U+FFFD."""
+        return self._token_bytes(token_id).decode("utf-8", errors="replace")
 
     def chunk(self, choice: Json | None, **extra: Any) -> Json:
         """One event's object around a choice."""
@@ -75,7 +83,9 @@ class Reply(ABC):
         last = answer[-1]
         _check_complete(last)
         _annotate(last)
-        choice = self.choice("".join(output.text for output in answer), str(last.finish_reason))
+        text = "".join(output.text for output in answer)
+        logprobs = tuple(entry for output in answer for entry in output.logprobs)
+        choice = self.choice(text, str(last.finish_reason), logprobs)
         body = {**self._shared, "object": self.object_name, "choices": [choice]}
         return {**body, "usage": usage(last)}
 
@@ -86,11 +96,33 @@ class CompletionReply(Reply):
     id_prefix = "cmpl"
     object_name = chunk_name = "text_completion"
 
-    def choice(self, text: str, finish_reason: str) -> Json:
-        return self.delta(text, finish_reason)
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(generation)
+        self._offset = 0  # characters of the tokens reported so far
 
-    def delta(self, text: str, finish_reason: str | None) -> Json:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, text: str, finish_reason: str, logprobs: Logprobs) -> Json:
+        return self.delta(text, finish_reason, logprobs)
+
+    def delta(self, text: str, finish_reason: str | None, logprobs: Logprobs = ()) -> Json:
+        return {
+            "index": 0,
+            "text": text,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, logprobs: Logprobs) -> Json:
+        tokens = [self._text(entry.token_id) for entry in logprobs]
+        offsets = [self._offset, *(self._offset + n for n in accumulate(map(len, tokens)))]
+        self._offset = offsets.pop()
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [
+                {self._text(token_id): value for token_id, value in entry.top} for entry in logprobs
+            ],
+            "text_offset": offsets,
+        }
 
 
 class ChatReply(Reply):
@@ -100,17 +132,43 @@ class ChatReply(Reply):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def choice(self, text: str, finish_reason: str) -> Json:
+    def choice(self, text: str, finish_reason: str, logprobs: Logprobs) -> Json:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        reported = self._logprobs(logprobs)
+        return {
+            "index": 0,
+            "message": message,
+            "logprobs": reported,
+            "finish_reason": finish_reason,
+        }
 
     def opening(self) -> Json:
         delta = {"role": "assistant", "content": ""}
         return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, text: str, finish_reason: str | None) -> Json:
+    def delta(self, text: str, finish_reason: str | None, logprobs: Logprobs = ()) -> Json:
         delta = {"content": text} if text else {}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        reported = self._logprobs(logprobs)
+        return {"index": 0, "delta": delta, "logprobs": reported, "finish_reason": finish_reason}
+
+    def _logprobs(self, logprobs: Logprobs) -> Json | None:
+        if not logprobs:
+            return None
+        content = [
+            {
+                **self._entry(entry.token_id, entry.logprob),
+                "top_logprobs": [self._entry(*pair) for pair in entry.top],
+            }
+            for entry in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> Json:
+        return {
+            "token": self._text(token_id),
+            "logprob": logprob,
+            "bytes": list(self._token_bytes(token_id)),
+        }
 
 
 class TokenStream(StreamingResponse):
@@ -148,8 +206,9 @@ class TokenStream(StreamingResponse):
             if output is None:
                 yield None
                 continue
-            if output.text:
-                yield reply.chunk(reply.delta(output.text, None), **extra)
+            if output.text or output.logprobs:
+                delta = reply.delta(output.text, None, output.logprobs)
+                yield reply.chunk(delta, **extra)
             if output.finish_reason is not None:
                 _check_complete(output)
                 _annotate(output)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SamplingValue = int | float | bool | tuple[str, ...]
+SamplingValue = int | float | bool | tuple[str, ...] | tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from vqserve.generation.errors import EmptyPrompt, UnsupportedField
+from vqserve.generation.errors import EmptyPrompt, InvalidSampling, UnsupportedField
 from vqserve.generation.request import (
     ChatPrompt,
     GenerationRequest,
@@ -71,6 +71,7 @@ class GenerationBody(Body):
     stop: Text | list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="By token id, -100 to 100")
     user: str | None = Field(None, description="Accepted for compatibility, not used")
     top_k: int | None = None
     min_p: float | None = None
@@ -110,6 +111,8 @@ class GenerationBody(Body):
         }
         if self.stop is not None:
             values["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.logit_bias:
+            values["logit_bias"] = tuple(_bias(self.logit_bias))
         return values
 
 
@@ -119,17 +122,18 @@ class CompletionBody(GenerationBody):
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         "best_of": (1,),
         "echo": (False,),
-        "logit_bias": ({},),
-        "logprobs": (),
         "n": (1,),
         "suffix": (),
     }
 
+    logprobs: int | None = Field(None, description="How many most probable tokens to report")
     prompt: Text | list[Text] | list[int] | list[list[int]] | None = None
 
     def request(self) -> GenerationRequest:
         """The same, free of HTTP."""
         sampling = {"max_tokens": COMPLETION_MAX_TOKENS} | self.sampling()
+        if self.logprobs is not None:
+            sampling["logprobs"] = self.logprobs
         return GenerationRequest(self.model, self._one_prompt(), sampling)
 
     def _one_prompt(self) -> Prompt | None:
@@ -190,8 +194,6 @@ class ChatBody(GenerationBody):
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
         "metadata": ({},),
         "modalities": (["text"],),
         "n": (1,),
@@ -205,13 +207,14 @@ class ChatBody(GenerationBody):
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (),
         "verbosity": (),
         "web_search_options": (),
     }
 
     messages: list[Annotated[MessageBody, BeforeValidator(_refuse_named_extras)]]
     max_completion_tokens: int | None = Field(None, description="Newer name of max_tokens")
+    logprobs: bool | None = Field(None, description="Report the probability of every token")
+    top_logprobs: int | None = Field(None, description="How many most probable ones beside it")
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatBody:
@@ -223,9 +226,21 @@ class ChatBody(GenerationBody):
             )
         return self
 
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError(
+                "invalid_value",
+                "top_logprobs is only allowed when logprobs is true",
+                {"param": "top_logprobs"},
+            )
+        return self
+
     def request(self) -> GenerationRequest:
         """The same, free of HTTP; without a limit the answer may fill the context."""
         sampling = self.sampling()
+        if self.logprobs:
+            sampling["logprobs"] = self.top_logprobs or 0
         if self.max_completion_tokens is not None:
             sampling["max_tokens"] = self.max_completion_tokens
         turns = tuple(turn.message() for turn in self.messages)
@@ -244,6 +259,19 @@ class DetokenizeBody(Body):
 
     model: str = ""
     token_ids: list[int]
+
+
+def _bias(logit_bias: dict[str, float]) -> list[tuple[int, float]]:
+    """Pairs by token id, which JSON can only spell as text."""
+    pairs = []
+    for token_id, addend in logit_bias.items():
+        if not token_id.isascii() or not token_id.isdigit():
+            raise InvalidSampling(
+                f"logit_bias has the key {token_id[:40]!r}, allowed are token ids",
+                field="sampling.logit_bias",
+            )
+        pairs.append((int(token_id), addend))
+    return sorted(pairs)
 
 
 def unsupported(name: str) -> PydanticCustomError:

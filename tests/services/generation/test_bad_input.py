@@ -102,6 +102,31 @@ CASES = [
     ),
     Case("negative prompt token", "INVALID_PROMPT", rest=prompt(prompt=[-1])),
     Case(
+        "bias of a token outside the vocabulary",
+        "INVALID_SAMPLING",
+        sampling(logit_bias=[pb.LogitBias(token_id=257, bias=1)]),
+        prompt(logit_bias={"257": 1}),
+        field="logit_bias",
+    ),
+    Case(
+        "bias out of range",
+        "INVALID_SAMPLING",
+        sampling(logit_bias=[pb.LogitBias(token_id=5, bias=101)]),
+        prompt(logit_bias={"5": 101}),
+        field="logit_bias",
+    ),
+    Case(
+        "bias of no token id", "INVALID_SAMPLING", rest=prompt(logit_bias={"a": 1}),
+        field="logit_bias",
+    ),
+    Case(
+        "too many log-probabilities",
+        "INVALID_SAMPLING",
+        sampling(logprobs=21),
+        prompt(logprobs=21),
+        field="logprobs",
+    ),
+    Case(
         "unknown role",
         "INVALID_PROMPT",
         chat(("user", "hello"), ("wizard", "hello")),
@@ -242,8 +267,7 @@ CASES = [
     *(
         Case(f"unsupported {name}", "UNSUPPORTED_FIELD", rest=prompt(**{name: value}), field=name)
         for name, value in (
-            ("n", 2), ("best_of", 3), ("echo", True), ("logprobs", 1), ("suffix", "."),
-            ("logit_bias", {"5": 1}), ("prompt", ["one", "two"]),
+            ("n", 2), ("best_of", 3), ("echo", True), ("suffix", "."), ("prompt", ["one", "two"]),
         )
     ),
     *(
@@ -254,7 +278,7 @@ CASES = [
             field=name,
         )
         for name, value in (
-            ("n", 2), ("logprobs", True), ("response_format", {"type": "json_object"}),
+            ("n", 2), ("response_format", {"type": "json_object"}),
             ("tools", [{"type": "function", "function": {"name": "f"}}]), ("store", True),
             ("reasoning_effort", "low"), ("functions", [{"name": "f"}]),
         )

@@ -54,6 +54,24 @@ async def test_generate_stops_at_a_stop_string(stub: GenerationServiceAsyncStub)
     assert responses[-1].finish_reason == pb.FINISH_REASON_STOP
 
 
+async def test_generate_reports_log_probabilities_and_obeys_a_bias(
+    stub: GenerationServiceAsyncStub,
+) -> None:
+    sampling = pb.SamplingParams(
+        temperature=0,
+        max_tokens=2,
+        logprobs=1,
+        logit_bias=[pb.LogitBias(token_id=ord("z"), bias=100)],
+    )
+    responses = await answer(stub, pb.GenerateRequest(prompt="Once", sampling=sampling))
+    reported = [entry for response in responses for entry in response.logprobs]
+    expected = (await stub.Tokenize(pb.TokenizeRequest(text=ANSWER[:2]))).token_ids
+    assert [entry.chosen.token_id for entry in reported] == [z, z]
+    for entry, token_id in zip(reported, expected, strict=True):
+        assert [top.token_id for top in entry.top] == [token_id]
+        assert entry.chosen.logprob < entry.top[0].logprob <= 0
+
+
 async def test_max_tokens_is_128_when_unset(stub: GenerationServiceAsyncStub) -> None:
     responses = await answer(stub, pb.GenerateRequest(prompt="Once"))
     assert responses[-1].usage.completion_tokens == 128

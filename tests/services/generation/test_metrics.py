@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
+import time
 import urllib.request
 
 import httpx
@@ -45,6 +47,21 @@ async def test_known_work_gives_known_values(fast: LlmServer, http: httpx.AsyncC
     assert gained == [12, 33, 3, 30, 3, 3, 12, 33]
     assert fast.metric("llm_requests_total", model="fast", finish_reason="length") >= 3
     assert fast.metric("llm_requests_running") == fast.metric("llm_requests_waiting") == 0
+
+
+async def test_the_engine_shows_its_pages_and_speed(
+    fast: LlmServer, http: httpx.AsyncClient
+) -> None:
+    body = {"prompt": "four", "max_tokens": 40, "temperature": 0}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert fast.metric("llm_kv_pages", model="fast") > 0
+    assert fast.metric("llm_kv_pages_used", model="fast") == 0
+    for name in ("prefix_hit_tokens", "preemptions", "drafted_tokens", "accepted_tokens"):
+        assert fast.metric(f"llm_{name}_total", model="fast") >= 0
+    deadline = time.monotonic() + 5
+    while fast.metric("llm_generation_tokens_per_second", model="fast") == 0:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
 
 
 async def test_refusals_are_counted_by_reason(fast: LlmServer, http: httpx.AsyncClient) -> None:

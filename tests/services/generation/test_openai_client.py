@@ -121,6 +121,50 @@ async def test_completions_stream(client: AsyncOpenAI) -> None:
     assert chunks[-1].usage is None
 
 
+async def test_chat_reports_log_probabilities(client: AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model="fast",
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=3,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    reported = answer.choices[0].logprobs
+    assert reported is not None
+    assert reported.content is not None
+    assert "".join(entry.token for entry in reported.content) == ANSWER[:3]
+    assert [bytes(entry.bytes or ()).decode() for entry in reported.content] == list(ANSWER[:3])
+    for entry in reported.content:
+        first, second = entry.top_logprobs
+        assert (first.token, first.logprob) == (entry.token, entry.logprob)
+        assert second.logprob <= first.logprob <= 0
+
+
+async def test_completions_report_log_probabilities_with_offsets(client: AsyncOpenAI) -> None:
+    whole = await client.completions.create(
+        model="fast", prompt="Once", max_tokens=4, temperature=0, logprobs=1
+    )
+    reported = whole.choices[0].logprobs
+    assert reported is not None
+    assert reported.tokens == list(ANSWER[:4])
+    assert reported.text_offset == [0, 1, 2, 3]
+    assert [list(top) for top in reported.top_logprobs or ()] == [[c] for c in ANSWER[:4]]
+    stream = await client.completions.create(
+        model="fast", prompt="Once", max_tokens=4, temperature=0, logprobs=1, stream=True
+    )
+    pieces = [c.choices[0].logprobs for chunk in [stream] async for c in chunk]
+    assert [p.text_offset for p in pieces if p is not None] == [[0], [1], [2], [3]]
+
+
+async def test_a_bias_moves_the_choice(client: AsyncOpenAI, http: httpx.AsyncClient) -> None:
+    (z,) = (await http.post("/v1/tokenize", json={"text": "z"})).json()["token_ids"]
+    answer = await client.completions.create(
+        model="fast", prompt="Once", max_tokens=3, temperature=0, logit_bias={str(z): 100}
+    )
+    assert answer.choices[0].text == "zzz"
+
+
 async def test_models(client: AsyncOpenAI) -> None:
     listed = [model.id async for model in await client.models.list()]
     assert listed == ["fast"]

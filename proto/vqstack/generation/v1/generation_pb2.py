@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vqstack/generation/v1/generation.proto\x12\x15vqstack.generation.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"D\n\x0c\x43hatMessages\x12\x34\n\x08messages\x18\x01 \x03(\x0b\x32\".vqstack.generation.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x9c\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xdc\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x33\n\x04\x63hat\x18\x03 \x01(\x0b\x32#.vqstack.generation.v1.ChatMessagesH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.vqstack.generation.v1.TokenIdsH\x00\x12\x37\n\x08sampling\x18\x05 \x01(\x0b\x32%.vqstack.generation.v1.SamplingParamsB\x07\n\x05input\"\x9c\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12:\n\rfinish_reason\x18\x03 \x01(\x0e\x32#.vqstack.generation.v1.FinishReason\x12+\n\x05usage\x18\x04 \x01(\x0b\x32\x1c.vqstack.generation.v1.Usage\"u\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xd8\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0c\n\x04\x62its\x18\x04 \x01(\r\x12\x0b\n\x03\x62pw\x18\x05 \x01(\x01\x12\x12\n\ngroup_size\x18\x06 \x01(\r\x12\x12\n\nmodel_hash\x18\x07 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\r\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x10\n\x08\x65xecutor\x18\x0b \x01(\t\"\x13\n\x11ListModelsRequest\"F\n\x12ListModelsResponse\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32 .vqstack.generation.v1.ModelInfo\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"C\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .vqstack.generation.v1.ModelInfo*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xf2\x03\n\x11GenerationService\x12]\n\x08Generate\x12&.vqstack.generation.v1.GenerateRequest\x1a\'.vqstack.generation.v1.GenerateResponse0\x01\x12[\n\x08Tokenize\x12&.vqstack.generation.v1.TokenizeRequest\x1a\'.vqstack.generation.v1.TokenizeResponse\x12\x61\n\nDetokenize\x12(.vqstack.generation.v1.DetokenizeRequest\x1a).vqstack.generation.v1.DetokenizeResponse\x12\x61\n\nListModels\x12(.vqstack.generation.v1.ListModelsRequest\x1a).vqstack.generation.v1.ListModelsResponse\x12[\n\x08GetModel\x12&.vqstack.generation.v1.GetModelRequest\x1a\'.vqstack.generation.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&vqstack/generation/v1/generation.proto\x12\x15vqstack.generation.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"D\n\x0c\x43hatMessages\x12\x34\n\x08messages\x18\x01 \x03(\x0b\x32\".vqstack.generation.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf6\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x34\n\nlogit_bias\x18\x0c \x03(\x0b\x32 .vqstack.generation.v1.LogitBias\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\xdc\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x33\n\x04\x63hat\x18\x03 \x01(\x0b\x32#.vqstack.generation.v1.ChatMessagesH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.vqstack.generation.v1.TokenIdsH\x00\x12\x37\n\x08sampling\x18\x05 \x01(\x0b\x32%.vqstack.generation.v1.SamplingParamsB\x07\n\x05input\"\xd4\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12:\n\rfinish_reason\x18\x03 \x01(\x0e\x32#.vqstack.generation.v1.FinishReason\x12+\n\x05usage\x18\x04 \x01(\x0b\x32\x1c.vqstack.generation.v1.Usage\x12\x36\n\x08logprobs\x18\x05 \x03(\x0b\x32$.vqstack.generation.v1.TokenLogprobs\"v\n\rTokenLogprobs\x12\x33\n\x06\x63hosen\x18\x01 \x01(\x0b\x32#.vqstack.generation.v1.TokenLogprob\x12\x30\n\x03top\x18\x02 \x03(\x0b\x32#.vqstack.generation.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"u\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12#\n\x1btime_to_first_token_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xd8\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x0c\n\x04\x62its\x18\x04 \x01(\r\x12\x0b\n\x03\x62pw\x18\x05 \x01(\x01\x12\x12\n\ngroup_size\x18\x06 \x01(\r\x12\x12\n\nmodel_hash\x18\x07 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\r\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x10\n\x08\x65xecutor\x18\x0b \x01(\t\"\x13\n\x11ListModelsRequest\"F\n\x12ListModelsResponse\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32 .vqstack.generation.v1.ModelInfo\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"C\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .vqstack.generation.v1.ModelInfo*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xf2\x03\n\x11GenerationService\x12]\n\x08Generate\x12&.vqstack.generation.v1.GenerateRequest\x1a\'.vqstack.generation.v1.GenerateResponse0\x01\x12[\n\x08Tokenize\x12&.vqstack.generation.v1.TokenizeRequest\x1a\'.vqstack.generation.v1.TokenizeResponse\x12\x61\n\nDetokenize\x12(.vqstack.generation.v1.DetokenizeRequest\x1a).vqstack.generation.v1.DetokenizeResponse\x12\x61\n\nListModels\x12(.vqstack.generation.v1.ListModelsRequest\x1a).vqstack.generation.v1.ListModelsResponse\x12[\n\x08GetModel\x12&.vqstack.generation.v1.GetModelRequest\x1a\'.vqstack.generation.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vqstack.generation.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1715
-  _globals['_FINISHREASON']._serialized_end=1835
+  _globals['_FINISHREASON']._serialized_start=2077
+  _globals['_FINISHREASON']._serialized_end=2197
   _globals['_CHATMESSAGE']._serialized_start=65
   _globals['_CHATMESSAGE']._serialized_end=109
   _globals['_CHATMESSAGES']._serialized_start=111
@@ -40,31 +40,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=181
   _globals['_TOKENIDS']._serialized_end=204
   _globals['_SAMPLINGPARAMS']._serialized_start=207
-  _globals['_SAMPLINGPARAMS']._serialized_end=619
-  _globals['_GENERATEREQUEST']._serialized_start=622
-  _globals['_GENERATEREQUEST']._serialized_end=842
-  _globals['_GENERATERESPONSE']._serialized_start=845
-  _globals['_GENERATERESPONSE']._serialized_end=1001
-  _globals['_USAGE']._serialized_start=1003
-  _globals['_USAGE']._serialized_end=1120
-  _globals['_TOKENIZEREQUEST']._serialized_start=1122
-  _globals['_TOKENIZEREQUEST']._serialized_end=1168
-  _globals['_TOKENIZERESPONSE']._serialized_start=1170
-  _globals['_TOKENIZERESPONSE']._serialized_end=1207
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1209
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1262
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1264
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1298
-  _globals['_MODELINFO']._serialized_start=1301
-  _globals['_MODELINFO']._serialized_end=1517
-  _globals['_LISTMODELSREQUEST']._serialized_start=1519
-  _globals['_LISTMODELSREQUEST']._serialized_end=1538
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1540
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1610
-  _globals['_GETMODELREQUEST']._serialized_start=1612
-  _globals['_GETMODELREQUEST']._serialized_end=1644
-  _globals['_GETMODELRESPONSE']._serialized_start=1646
-  _globals['_GETMODELRESPONSE']._serialized_end=1713
-  _globals['_GENERATIONSERVICE']._serialized_start=1838
-  _globals['_GENERATIONSERVICE']._serialized_end=2336
+  _globals['_SAMPLINGPARAMS']._serialized_end=709
+  _globals['_LOGITBIAS']._serialized_start=711
+  _globals['_LOGITBIAS']._serialized_end=754
+  _globals['_GENERATEREQUEST']._serialized_start=757
+  _globals['_GENERATEREQUEST']._serialized_end=977
+  _globals['_GENERATERESPONSE']._serialized_start=980
+  _globals['_GENERATERESPONSE']._serialized_end=1192
+  _globals['_TOKENLOGPROBS']._serialized_start=1194
+  _globals['_TOKENLOGPROBS']._serialized_end=1312
+  _globals['_TOKENLOGPROB']._serialized_start=1314
+  _globals['_TOKENLOGPROB']._serialized_end=1363
+  _globals['_USAGE']._serialized_start=1365
+  _globals['_USAGE']._serialized_end=1482
+  _globals['_TOKENIZEREQUEST']._serialized_start=1484
+  _globals['_TOKENIZEREQUEST']._serialized_end=1530
+  _globals['_TOKENIZERESPONSE']._serialized_start=1532
+  _globals['_TOKENIZERESPONSE']._serialized_end=1569
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1571
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1624
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1626
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1660
+  _globals['_MODELINFO']._serialized_start=1663
+  _globals['_MODELINFO']._serialized_end=1879
+  _globals['_LISTMODELSREQUEST']._serialized_start=1881
+  _globals['_LISTMODELSREQUEST']._serialized_end=1900
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1902
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1972
+  _globals['_GETMODELREQUEST']._serialized_start=1974
+  _globals['_GETMODELREQUEST']._serialized_end=2006
+  _globals['_GETMODELRESPONSE']._serialized_start=2008
+  _globals['_GETMODELRESPONSE']._serialized_end=2075
+  _globals['_GENERATIONSERVICE']._serialized_start=2200
+  _globals['_GENERATIONSERVICE']._serialized_end=2698
 # @@protoc_insertion_point(module_scope)
