@@ -23,6 +23,8 @@ from vqllm.quantization.gptq import (
     search_scales,
 )
 from vqllm.quantization.hessian import HessianFactor
+from vqllm.quantization.vptq import VptqOptions, quantize_vptq
+from vqllm.quantization.vptq_reading import read_vptq
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def quantize_gptq(weight: Tensor, factor: HessianFactor, options: GptqOptions) -
 
 METHODS: Mapping[str, Method] = {
     "gptq": Method(GptqOptions, quantize_gptq),
+    "vptq": Method(VptqOptions, quantize_vptq),
 }
 
 
@@ -84,4 +87,5 @@ def _read_grouped(tensors: Arrays, entry: Mapping[str, Any]) -> GroupedLinear:
 
 READERS: Mapping[str, Callable[[Arrays, Mapping[str, Any]], QuantizedLinear]] = {
     "gptq": _read_grouped,
+    "vptq": read_vptq,
 }
