@@ -57,12 +57,9 @@ async def test_generate_stops_at_a_stop_string(stub: GenerationServiceAsyncStub)
 async def test_generate_reports_log_probabilities_and_obeys_a_bias(
     stub: GenerationServiceAsyncStub,
 ) -> None:
-    sampling = pb.SamplingParams(
-        temperature=0,
-        max_tokens=2,
-        logprobs=1,
-        logit_bias=[pb.LogitBias(token_id=ord("z"), bias=100)],
-    )
+    (z,) = (await stub.Tokenize(pb.TokenizeRequest(text="z"))).token_ids
+    bias = pb.LogitBias(token_id=z, bias=100)
+    sampling = pb.SamplingParams(temperature=0, max_tokens=2, logprobs=1, logit_bias=[bias])
     responses = await answer(stub, pb.GenerateRequest(prompt="Once", sampling=sampling))
     reported = [entry for response in responses for entry in response.logprobs]
     expected = (await stub.Tokenize(pb.TokenizeRequest(text=ANSWER[:2]))).token_ids
