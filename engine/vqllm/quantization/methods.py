@@ -23,6 +23,7 @@ from vqllm.quantization.gptq import (
     search_scales,
 )
 from vqllm.quantization.hessian import HessianFactor
+from vqllm.quantization.tcq import TcqLinear, TcqOptions, quantize_tcq
 from vqllm.quantization.vptq import VptqOptions, quantize_vptq
 from vqllm.quantization.vptq_reading import read_vptq
 
@@ -50,6 +51,7 @@ def quantize_gptq(weight: Tensor, factor: HessianFactor, options: GptqOptions) -
 
 METHODS: Mapping[str, Method] = {
     "gptq": Method(GptqOptions, quantize_gptq),
+    "tcq": Method(TcqOptions, quantize_tcq),
     "vptq": Method(VptqOptions, quantize_vptq),
 }
 
@@ -87,5 +89,6 @@ def _read_grouped(tensors: Arrays, entry: Mapping[str, Any]) -> GroupedLinear:
 
 READERS: Mapping[str, Callable[[Arrays, Mapping[str, Any]], QuantizedLinear]] = {
     "gptq": _read_grouped,
+    "tcq": TcqLinear.from_tensors,
     "vptq": read_vptq,
 }

@@ -9,6 +9,7 @@ Works on one weight matrix and one hessian; knows no model, no file and no progr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -143,7 +144,7 @@ class TcqLinear(QuantizedLinear):
 
     @classmethod
     def from_tensors(
-        cls, tensors: Arrays, entry: dict[str, Any], codebook: TrellisCodebook | None = None
+        cls, tensors: Arrays, entry: Mapping[str, Any], codebook: TrellisCodebook | None = None
     ) -> Self:
         """Inverse of `tensors` and `entry`.
 

@@ -220,4 +220,5 @@ def _trace_back(winners: States, state: int, bits: int) -> States:
 def _reversed_bits(num_bits: int) -> States:
     numbers = np.arange(1 << num_bits)
     planes = (numbers[:, None] >> np.arange(num_bits)) & 1
-    return np.asarray(planes @ (1 << np.arange(num_bits)[::-1]), np.int64)
+    reverse: States = planes @ (1 << np.arange(num_bits)[::-1])
+    return reverse
