@@ -15,9 +15,11 @@ from torch import Tensor
 
 from vqllm.quantization.hessian import HessianFactor
 
+_ROWS, _COLUMNS = 1024, 2048
+
 
 class CrossMoment:
-    """Running W (Xfp - Xq)' Xq / n of the linears that share an input, float64.
+    """Running W (Xfp - Xq)' Xq of the linears that share an input, float64.
 
     Kept as (Xfp - Xq)' Xq where the outputs outnumber the inputs, else per linear: whichever is
     smaller, and cheaper to count.
@@ -26,35 +28,30 @@ class CrossMoment:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """`weights` (out, in) by part, in full precision."""
         self._weights = weights
-        num_columns = next(iter(weights.values())).shape[1]
-        self._is_shared = num_columns <= sum(weight.shape[0] for weight in weights.values())
-        shapes = {part: tuple(weight.shape) for part, weight in weights.items()}
+        shapes = {part: weight.shape for part, weight in weights.items()}
+        num_columns = next(iter(shapes.values()))[1]
+        self._is_shared = num_columns <= sum(shape[0] for shape in shapes.values())
         if self._is_shared:
-            shapes = {"": (num_columns, num_columns)}
+            shapes = {"": torch.Size((num_columns, num_columns))}
         self._sums = {part: torch.zeros(s, dtype=torch.float64) for part, s in shapes.items()}
-        self._num_rows = 0
 
     def add(self, reference: Tensor, inputs: Tensor) -> None:
         """Count rows (n, in) of the full-precision and of the quantized stream."""
-        self._num_rows += inputs.shape[0]
         difference = reference - inputs
         for part, total in self._sums.items():
             left = difference if self._is_shared else difference @ self._weights[part].T
             total += left.T @ inputs
 
-    def merged(self, other: CrossMoment) -> CrossMoment:
-        """Over the rows of both."""
-        result = CrossMoment(self._weights)
-        result._sums = {part: total + other._sums[part] for part, total in self._sums.items()}
-        result._num_rows = self._num_rows + other._num_rows
-        return result
+    def merge(self, other: CrossMoment) -> None:
+        """Count the rows of `other` as well."""
+        for part, total in self._sums.items():
+            total += other._sums[part]
 
-    def of(self, part: str) -> Tensor:
-        """(out, in) float64 for one linear."""
-        num_rows = max(self._num_rows, 1)
+    def of(self, part: str, rows: slice | Tensor = slice(None)) -> Tensor:
+        """(out, in) float64 for one linear, or some of its rows."""
         if self._is_shared:
-            return self._weights[part].double() @ self._sums[""] / num_rows
-        return self._sums[part] / num_rows
+            return self._weights[part][rows].double() @ self._sums[""]
+        return self._sums[part][rows]
 
 
 def corrected(weight: Tensor, moment: Tensor, factor: HessianFactor, alpha: float) -> Tensor:
@@ -63,12 +60,22 @@ def corrected(weight: Tensor, moment: Tensor, factor: HessianFactor, alpha: floa
     Args:
         weight: (out, in) float32.
         moment: (out, in) float64, what `CrossMoment.of` gives.
-        factor: of the damped hessian H of the quantized stream.
+        factor: of the damped hessian H, on the same scale as the moment.
     """
-    if alpha == 0:
-        return weight
-    upper = factor.upper.double()
-    step = moment[:, factor.order] @ upper.T @ upper
-    result = weight.double()
-    result[:, factor.order] += alpha * step
-    return result.float()
+    result = torch.empty_like(weight)
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        step = _solved(moment[rows][:, factor.order], factor.upper)
+        fresh = weight[rows].double()
+        fresh[:, factor.order] += alpha * step
+        result[rows] = fresh
+    return result
+
+
+def _solved(moment: Tensor, upper: Tensor) -> Tensor:
+    """moment * U' * U, without a float64 copy of the whole of U."""
+    step = torch.zeros_like(moment)
+    for start in range(0, len(upper), _COLUMNS):
+        block = upper[start : start + _COLUMNS, start:].double()
+        step[:, start:] += (moment[:, start:] @ block.T) @ block
+    return step

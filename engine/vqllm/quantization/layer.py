@@ -70,12 +70,15 @@ class GroupQuantizer:
             UnsupportedModel: the weights exceed what the format can express.
         """
         chosen = self._chosen_dampings(tasks, sums)
-        moments = sums.all
+        moments = sums.merged()
+        hessian = moments.hessian.total
+        diagonal = hessian.diagonal().clone()
         results: dict[str, LinearResult] = {}
         for damping in sorted(set(chosen.values())):
-            factor = factorize(moments.hessian, damping)
+            hessian.diagonal().copy_(diagonal)
+            factor = factorize(hessian, damping, overwrite=True)
             parts = [part for part in tasks if chosen[part] == damping]
-            jobs = [self._job(tasks[part], moments.cross.get(part)) for part in parts]
+            jobs = [self._job(tasks[part], moments.cross_of(part)) for part in parts]
             done = self.mapper.map(_run, factor, jobs)
             for part, (linear, error) in zip(parts, done, strict=True):
                 results[part] = LinearResult(linear, error, damping)
@@ -89,17 +92,13 @@ class GroupQuantizer:
         Rows of a weight do not meet in the objective, so a sample ranks dampings at a part of the
         cost.
         """
-        held_out = sums.held_out
-        if held_out is None or len(self.dampings) == 1:
+        if sums.held_out is None or len(self.dampings) == 1:
             return dict.fromkeys(tasks, self.dampings[0])
-        training = sums.training
-        trials = [
-            self._trial(task, training.cross.get(part), held_out.cross.get(part))
-            for part, task in tasks.items()
-        ]
+        held_out = sums.held_out.hessian.total
+        trials = [self._trial(part, task, sums) for part, task in tasks.items()]
         errors = []
         for damping in self.dampings:
-            shared = factorize(training.hessian, damping), held_out.hessian
+            shared = factorize(sums.training.hessian.total, damping), held_out
             errors.append(self.mapper.map(_trial_error, shared, trials))
         best = torch.tensor(errors, dtype=torch.float64).argmin(0).tolist()
         return {part: self.dampings[index] for part, index in zip(tasks, best, strict=True)}
@@ -107,12 +106,12 @@ class GroupQuantizer:
     def _job(self, task: LinearTask, cross: Tensor | None) -> _Job:
         return _Job(task.weight, cross, task.options, self.alpha)
 
-    def _trial(self, task: LinearTask, cross: Tensor | None, held_out: Tensor | None) -> _Trial:
+    def _trial(self, part: str, task: LinearTask, sums: MomentSums) -> _Trial:
         rows = _sampled_rows(task.weight.shape[0])
-        job = self._job(
-            LinearTask(task.weight[rows], task.options), None if cross is None else cross[rows]
-        )
-        return _Trial(job, None if held_out is None else held_out[rows])
+        sampled = LinearTask(task.weight[rows], task.options)
+        job = self._job(sampled, sums.training.cross_of(part, rows))
+        held_out = None if sums.held_out is None else sums.held_out.cross_of(part, rows)
+        return _Trial(job, held_out)
 
 
 @dataclass(frozen=True)
