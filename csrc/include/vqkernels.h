@@ -172,7 +172,7 @@ enum {
   VQ_MATRIX_DENSE = 1, /* floats, rounded to 8 bits here; scale = largest / 127, in binary16 */
   VQ_MATRIX_TCQ = 2,   /* trellis states along the outputs, values from a table of 256 */
   VQ_MATRIX_VQ = 3,    /* vectors along the outputs, one or two codebooks */
-  VQ_MATRIX_MAX_PARTS = 16,
+  VQ_MATRIX_MAX_PARTS = 64,
   VQ_MATRIX_MAX_CODES = 65536
 };
 
