@@ -1,44 +1,90 @@
-"""The native executor: the reference's forward pass over packed 4-bit weights in our C library.
+"""The native executor: a whole decoder step in one call of our C library, over a paged KV cache.
 
-Every decoder linear is one native call on the weights as packed; norms, attention and the output
-head stay in torch. Knows nothing of requests, sampling or text.
+Weights stay packed, activations are int8, and the output head has 8 bits. Runs the llama family:
+llama, mistral, qwen2 and what is built like them. Knows nothing of requests, sampling or text.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from vqkernels import GptqTensors, Q4Matrix, ThreadPool, native_status, pack_gptq, q4_gemv
-from vqllm.checkpoint import Checkpoint
-from vqllm.errors import ExecutorUnavailable, UnsupportedModel
-from vqllm.llama import BlockWeights
-from vqllm.packing import pack_columns, pack_rows
-from vqllm.quantization.base import GroupedLinear
-from vqllm.runtime.executors.support import refuse_beyond
-from vqllm.runtime.executors.torch import TorchExecutor
+from vqkernels import ThreadPool, native_status
+from vqkernels.decoder import (
+    KV_BLOCK,
+    DecodeBatch,
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    DecoderProfile,
+    DecoderWeights,
+    Rotation,
+)
+from vqkernels.matrix import Matrix
+from vqkernels.matrix_weights import DenseWeights
+from vqllm.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint
+from vqllm.errors import CorruptCheckpoint, ExecutorUnavailable, InvalidConfig, UnsupportedModel
+from vqllm.model_config import LlamaConfig
+from vqllm.runtime.executors.base import Executor, Logits
+from vqllm.runtime.executors.paged import Chunk, PagedExecutor
+from vqllm.runtime.native_weights import packable
 
-BITS = 4
+Floats = NDArray[np.float32]
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj")
+SCORE_ROWS = 128  # logits that `score` asks for at a time
 
 
-@dataclass
-class NativeBlock(BlockWeights):
-    """A block whose linears are packed matrices; `linears` stays empty."""
+@dataclass(frozen=True)
+class NativeOptions:
+    """How the native executor computes.
 
-    matrices: dict[str, Q4Matrix]
-    pool: ThreadPool | None
+    Attributes:
+        kv_bits: 16 (halves), 8 or 4 bits per cached number.
+        page_size: positions per page, a multiple of 16.
+        max_rows: tokens computed together.
+        num_pages: pages of the cache; None is room for all sequences at full length.
+        is_exact: float32 activations and the weights as stored, for comparisons; very slow.
 
-    def project(self, part: str, inputs: Tensor) -> Tensor:
-        """One native call for all tokens; each row's result is independent of the others."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).numpy()
-        outputs = torch.from_numpy(q4_gemv(self.matrices[part], rows, pool=self.pool))
-        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
+    Raises:
+        InvalidConfig: a value is outside its range.
+    """
+
+    kv_bits: int = 16
+    page_size: int = KV_BLOCK
+    max_rows: int = 128
+    num_pages: int | None = None
+    is_exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_bits not in (4, 8, 16):
+            raise InvalidConfig("kv_bits", self.kv_bits, "4, 8 or 16")
+        if self.page_size < KV_BLOCK or self.page_size % KV_BLOCK:
+            raise InvalidConfig("page_size", self.page_size, f"a multiple of {KV_BLOCK}")
+        if not 1 <= self.max_rows <= 4096:
+            raise InvalidConfig("max_rows", self.max_rows, "1 to 4096")
+        if self.num_pages is not None and self.num_pages < 1:
+            raise InvalidConfig("num_pages", self.num_pages, "at least 1")
 
 
-class NativeExecutor(TorchExecutor):
-    """Runs 4-bit GPTQ checkpoints on the native library's best instruction-set tier."""
+class _Limits(NamedTuple):
+    num_positions: int
+    num_pages: int
+    num_threads: int
+
+
+class NativeExecutor(Executor, PagedExecutor):
+    """Runs quantized checkpoints on the native library's best instruction-set tier.
+
+    Either a scheduler owns the pages and calls `step`, or a caller uses `allocate`, `prefill` and
+    `decode`, which keep every sequence on pages of its own; not both at once.
+    """
 
     name = "native"
 
@@ -48,63 +94,266 @@ class NativeExecutor(TorchExecutor):
         context_length: int,
         max_num_sequences: int = 8,
         num_threads: int = 0,
+        options: NativeOptions | None = None,
     ) -> None:
-        """`num_threads` splits each product's outputs; 0 and 1 use the calling thread.
+        """`num_threads`: 0 is one per core that this process may use.
 
         Raises:
             ExecutorUnavailable: there is no native library; the message says why.
-            UnsupportedModel: a linear is not 4-bit with contiguous groups, naming it.
+            UnsupportedModel: an architecture or a format that no kernel has; names it.
             CorruptCheckpoint: a tensor is missing, misshapen or not finite.
         """
-        status = native_status()
-        if not status.available:
-            raise ExecutorUnavailable(
-                f"executor 'native' has no native library: {status.reason}; "
-                f"use one of {', '.join(status.executors)}"
-            )
-        refuse_beyond(checkpoint, self.name)
-        self._isa = status.isa
+        self._isa = _require_library()
+        check_supported(checkpoint.config)
+        options = options or NativeOptions()
+        num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.vocab_size = checkpoint.config.vocab_size
+        self.context_length = context_length
+        self.max_num_sequences = max_num_sequences
+        self.page_size = options.page_size
+        self._pages_per_sequence = -(-context_length // options.page_size)
+        self.num_pages = options.num_pages or max_num_sequences * self._pages_per_sequence
+        limits = _Limits(context_length, self.num_pages, num_threads)
         self._pool = ThreadPool(num_threads) if num_threads > 1 else None
-        super().__init__(checkpoint, context_length, max_num_sequences, num_threads)
+        self._decoder = Decoder(
+            _decoder_config(checkpoint.config, limits, options),
+            _load_weights(checkpoint, context_length),
+        )
+        self._logits = np.empty((max_num_sequences, self.vocab_size), dtype=np.float32)
+        self._lengths: dict[int, int] = {}
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return (f"vqkernels {self._isa}", *super().providers)
+        threads = 1 if self._pool is None else self._pool.num_threads
+        return (f"vqkernels {self._isa}", f"{threads} threads")
 
-    def _load_block(self, checkpoint: Checkpoint, layer: int) -> BlockWeights:
-        prefix = f"model.layers.{layer}"
-        matrices = {
-            part: _pack(f"{prefix}.{part}", checkpoint.linear(f"{prefix}.{part}"))
-            for part in checkpoint.config.linear_shapes()
-        }
-        return NativeBlock(
-            input_norm=_norm(checkpoint, f"{prefix}.input_layernorm"),
-            post_attention_norm=_norm(checkpoint, f"{prefix}.post_attention_layernorm"),
-            linears={},
-            matrices=matrices,
-            pool=self._pool,
-        )
+    # ---- pages ----
+
+    def step(self, chunks: Sequence[Chunk]) -> Logits:
+        """Raises IndexError: a token, position or page does not exist; nothing was computed."""
+        batch = _batch(chunks)
+        rows = int(batch.num_logits.sum())
+        out = self._logits if rows <= len(self._logits) else None
+        return self._decoder.step(batch, self._pool, out)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page's keys and values over another's, for copy on write."""
+        self._decoder.copy_page(source, target)
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page, all layers."""
+        return self._decoder.page_bytes
+
+    def take_profile(self) -> DecoderProfile:
+        """Time per operation class since the last call; the first call starts the clock."""
+        return self._decoder.take_profile()
+
+    # ---- one cache per sequence ----
+
+    def allocate(self) -> int:
+        free = set(range(self.num_pages // self._pages_per_sequence)) - self._lengths.keys()
+        if not free or len(self._lengths) == self.max_num_sequences:
+            raise RuntimeError(f"all {len(self._lengths)} KV caches are taken")
+        cache = min(free)
+        self._lengths[cache] = 0
+        return cache
+
+    def free(self, cache: int) -> None:
+        del self._lengths[cache]
+
+    def prefill(self, cache: int, token_ids: Sequence[int]) -> Logits:
+        logits: Logits = self._append([cache], [token_ids], 1)[0].copy()
+        return logits
+
+    def decode(self, caches: Sequence[int], token_ids: Sequence[int]) -> Logits:
+        return self._append(caches, [[token_id] for token_id in token_ids], 1).copy()
+
+    def score(self, token_ids: Sequence[int]) -> Logits:
+        cache = self.allocate()
+        parts = [token_ids[i : i + SCORE_ROWS] for i in range(0, len(token_ids), SCORE_ROWS)]
+        rows = [self._append([cache], [part], len(part)).copy() for part in parts]
+        self.free(cache)
+        return np.concatenate(rows)
+
+    def _append(
+        self, caches: Sequence[int], tokens: Sequence[Sequence[int]], num_logits: int
+    ) -> Logits:
+        chunks = []
+        for cache, token_ids in zip(caches, tokens, strict=True):
+            first = cache * self._pages_per_sequence
+            pages = range(first, first + self._pages_per_sequence)
+            chunks.append(Chunk(pages, self._lengths[cache], token_ids, num_logits))
+        logits = self.step(chunks)
+        for cache, token_ids in zip(caches, tokens, strict=True):
+            self._lengths[cache] += len(token_ids)
+        return logits
 
 
-def _norm(checkpoint: Checkpoint, name: str) -> Tensor:
-    return torch.from_numpy(checkpoint.norm(f"{name}.weight"))
-
-
-def _pack(name: str, linear: object) -> Q4Matrix:
-    if not isinstance(linear, GroupedLinear) or linear.spec.bits != BITS:
+def check_supported(config: LlamaConfig) -> None:
+    """Raise UnsupportedModel unless the native step computes this architecture."""
+    missing = {
+        "latent attention": config.mla is not None,
+        "experts": config.moe is not None,
+        "interleaved rotary pairs": config.rope.interleaved,
+        "MLP biases": any(part.startswith("mlp.") for part in config.biases),
+        f"head_dim {config.head_dim}": config.head_dim % 2 != 0,
+    }
+    found = [feature for feature, is_needed in missing.items() if is_needed]
+    if found:
         raise UnsupportedModel(
-            f"{name} is not a {BITS}-bit GPTQ layer; quantize with --bits {BITS}, "
-            "or use the executor onnx or torch"
+            f"the native executor has no {', '.join(found)} ({config.architecture}); "
+            "use the executor torch"
         )
-    if not linear.has_contiguous_groups:
-        raise UnsupportedModel(
-            f"{name} has act-order without static groups; requantize it, or use the executor torch"
+
+
+def _require_library() -> str:
+    """Name of the tier in use. Raises ExecutorUnavailable."""
+    status = native_status()
+    if not status.available:
+        raise ExecutorUnavailable(
+            f"executor 'native' has no native library: {status.reason}; "
+            f"use one of {', '.join(status.executors)}"
         )
-    tensors = GptqTensors(
-        qweight=pack_rows(linear.codes, BITS),
-        scales=linear.scales,
-        qzeros=pack_columns(linear.zeros, BITS),
-        group_size=linear.spec.group_size,
-        checkpoint_format="gptq_v2",
+    return status.isa
+
+
+def _decoder_config(config: LlamaConfig, limits: _Limits, options: NativeOptions) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_positions=limits.num_positions,
+        num_pages=limits.num_pages,
+        rms_norm_eps=config.rms_norm_eps,
+        page_size=options.page_size,
+        kv_bits=options.kv_bits,
+        max_rows=options.max_rows,
+        num_threads=limits.num_threads,
+        exact=options.is_exact,
     )
-    return pack_gptq(tensors)
+
+
+def _load_weights(checkpoint: Checkpoint, context_length: int) -> DecoderWeights:
+    config = checkpoint.config
+    embedding = _embedding(checkpoint)
+    cosines, sines = _rotary_table(config, context_length)
+    seeds = checkpoint.quantization.transform if checkpoint.quantization is not None else {}
+    return DecoderWeights(
+        layers=[_load_layer(checkpoint, layer) for layer in range(config.num_layers)],
+        final_norm=checkpoint.norm(FINAL_NORM),
+        embedding=embedding,
+        head=_head(checkpoint),
+        cosines=cosines,
+        sines=sines,
+        residual=_rotation(config.hidden_size, seeds.get("residual_seed")),
+        down=_rotation(config.intermediate_size, seeds.get("down_seed")),
+    )
+
+
+def _load_layer(checkpoint: Checkpoint, layer: int) -> DecoderLayer:
+    prefix, config = f"model.layers.{layer}", checkpoint.config
+    sizes = config.linear_shapes(layer)
+
+    def matrix(part: str) -> Matrix:
+        weights, transform = packable(checkpoint, f"{prefix}.{part}")
+        return Matrix(weights, transform)
+
+    def bias(parts: Iterable[str]) -> Floats | None:
+        names = {part: f"{prefix}.{part}.bias" for part in parts}
+        if not any(name in checkpoint.store for name in names.values()):
+            return None
+        return np.concatenate(
+            [
+                checkpoint.dense(name, sizes[part][:1])
+                if name in checkpoint.store
+                else np.zeros(sizes[part][0], dtype=np.float32)
+                for part, name in names.items()
+            ]
+        )
+
+    if bias((*MLP, "mlp.down_proj")) is not None:
+        raise UnsupportedModel(
+            f"the native executor has no MLP biases ({prefix}); use the executor torch"
+        )
+    return DecoderLayer(
+        input_norm=checkpoint.norm(f"{prefix}.input_layernorm.weight"),
+        post_attention_norm=checkpoint.norm(f"{prefix}.post_attention_layernorm.weight"),
+        qkv=[matrix(part) for part in ATTENTION],
+        output=matrix("self_attn.o_proj"),
+        gate_up=[matrix(part) for part in MLP],
+        down=matrix("mlp.down_proj"),
+        qkv_bias=bias(ATTENTION),
+        output_bias=bias(["self_attn.o_proj"]),
+        sliding_window=config.window(layer) or 0,
+    )
+
+
+def _embedding(checkpoint: Checkpoint) -> NDArray[np.generic]:
+    """The table as it lies in the file where it is 16 or 32 bits wide."""
+    store = checkpoint.store
+    if checkpoint.embedding_codes() is not None or EMBEDDING not in store:
+        return checkpoint.embedding().astype(np.float16)
+    table = store.raw(EMBEDDING)
+    shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+    if table.shape != shape:
+        raise CorruptCheckpoint(
+            f"{checkpoint.folder}: {EMBEDDING} has shape {table.shape}, config.json implies {shape}"
+        )
+    if store.dtype(EMBEDDING) not in ("F32", "F16", "BF16") or table.ctypes.data % 4:
+        return checkpoint.embedding()
+    return table
+
+
+def _head(checkpoint: Checkpoint) -> Matrix:
+    name = EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD
+    if name in checkpoint.store and checkpoint.store.dtype(name) == "F16":
+        return Matrix(DenseWeights(checkpoint.store.raw(name)))
+    return Matrix(DenseWeights(checkpoint.head()))
+
+
+def _rotary_table(config: LlamaConfig, num_positions: int) -> tuple[Floats, Floats]:
+    """Cosines and sines, each (num_positions, head_dim / 2)."""
+    if config.rope.kind == "default":
+        exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+        angles = np.outer(np.arange(num_positions), config.rope.theta**-exponents)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    from vqllm.decoder.rope import RotaryTable  # imports torch, which plain models do not need
+
+    table = RotaryTable.build(config, num_positions)
+    return table.cos.numpy(), table.sin.numpy()
+
+
+def _rotation(size: int, seed: int | None) -> Rotation | None:
+    if seed is None:
+        return None
+    from vqllm.outlier.hadamard import hadamard_matrix
+    from vqllm.outlier.transform import rotation  # imports torch
+
+    found = rotation(size, seed)
+    base = np.ascontiguousarray(hadamard_matrix(found.order))
+    return Rotation(found.signs, base, found.power)
+
+
+def _batch(chunks: Sequence[Chunk]) -> DecodeBatch:
+    """Chunks flattened."""
+    tokens = [token_id for chunk in chunks for token_id in chunk.token_ids]
+    pages = [page for chunk in chunks for page in chunk.pages]
+    return DecodeBatch(
+        token_ids=np.array(tokens, dtype=np.int32),
+        token_offsets=_offsets([len(chunk.token_ids) for chunk in chunks]),
+        pages=np.array(pages, dtype=np.int32),
+        page_offsets=_offsets([len(chunk.pages) for chunk in chunks]),
+        starts=np.array([chunk.start for chunk in chunks], dtype=np.int32),
+        num_logits=np.array([chunk.num_logits for chunk in chunks], dtype=np.int32),
+    )
+
+
+def _offsets(counts: list[int]) -> NDArray[np.int32]:
+    offsets = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets

@@ -1,0 +1,173 @@
+"""Linears of a checkpoint as the native library packs them: which can be, and how.
+
+Knows the classes of quantized linears and the weight classes of vqkernels; no executor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqkernels.matrix_weights import (
+    GRID_BITS,
+    VECTOR_LENGTHS,
+    DenseWeights,
+    GridWeights,
+    InputTransform,
+    TcqWeights,
+    VqWeights,
+    Weights,
+)
+from vqllm.checkpoint import Checkpoint
+from vqllm.errors import UnsupportedModel
+from vqllm.formats.gptq import GptqFormat, stored_to_zeros
+from vqllm.packing import unpack_columns
+from vqllm.quantization.base import GroupedLinear, QuantizedLinear, contiguous_groups
+from vqllm.quantization.vptq_linear import VptqLinear
+
+CHUNK = 128
+SMALL_GROUPS = (32, 64)
+Packable = tuple[Weights, InputTransform]
+
+
+def packable(checkpoint: Checkpoint, name: str) -> Packable:
+    """The linear `name` as the native library takes it; float linears are rounded to 8 bits.
+
+    Raises:
+        UnsupportedModel: no kernel has this format; names the linear and the feature.
+        CorruptCheckpoint: a tensor is missing, misshapen, not finite or contradicts config.json.
+    """
+    words = _stored_words(checkpoint, name)
+    if words is not None:
+        return words, InputTransform()
+    linear = checkpoint.linear(name)
+    if isinstance(linear, np.ndarray):
+        return DenseWeights(linear), InputTransform()
+    return pack_quantized(linear, name)
+
+
+def pack_quantized(linear: QuantizedLinear, name: str) -> Packable:
+    """A quantized linear as the native library takes it.
+
+    Raises:
+        UnsupportedModel: no kernel has this format; names the linear and the feature.
+    """
+    if isinstance(linear, GroupedLinear):
+        return _grid(linear, name)
+    if isinstance(linear, VptqLinear):
+        return _vectors(linear, name)
+    if linear.method == "tcq":
+        return _trellis(linear)
+    raise UnsupportedModel(f"{name}: no native kernel for {linear.method!r}; {_REMEDY}")
+
+
+_REMEDY = "use the executor onnx or torch"
+
+
+def _stored_words(checkpoint: Checkpoint, name: str) -> GridWeights | None:
+    """Symmetric GPTQ codes straight from the file, where nothing has to be looked into."""
+    form, store = checkpoint.quantization, checkpoint.store
+    if not isinstance(form, GptqFormat) or not form.is_symmetric or f"{name}.qweight" not in store:
+        return None
+    spec = form.spec
+    out_features, in_features = checkpoint.linear_shape(name)
+    groups = spec.num_groups(in_features)
+    shapes = {
+        "qweight": (in_features * spec.bits // 32, out_features),
+        "qzeros": (groups, out_features * spec.bits // 32),
+        "scales": (groups, out_features),
+    }
+    if any(store.shape(f"{name}.{part}") != shape for part, shape in shapes.items()):
+        return None  # the checkpoint's own reader says what is wrong
+    stored = unpack_columns(store.raw(f"{name}.qzeros"), spec.bits)
+    scales = store.raw(f"{name}.scales")
+    is_plain = (stored == stored.flat[0]).all() and scales.dtype == np.float16
+    is_plain = is_plain and bool((stored_to_zeros(stored, form, name) == spec.symmetric_zero).all())
+    group_size = _group_size(spec.group_size, in_features)
+    if not is_plain or group_size is None or not _has_plain_groups(checkpoint, name, in_features):
+        return None
+    return GridWeights(store.raw(f"{name}.qweight"), scales, bits=spec.bits, group_size=group_size)
+
+
+def _has_plain_groups(checkpoint: Checkpoint, name: str, in_features: int) -> bool:
+    form, store = checkpoint.quantization, checkpoint.store
+    assert isinstance(form, GptqFormat)
+    if f"{name}.g_idx" not in store:
+        return True
+    expected = contiguous_groups(in_features, form.spec)
+    return np.array_equal(store.raw(f"{name}.g_idx"), expected)
+
+
+def _group_size(group_size: int, in_features: int) -> int | None:
+    """The kernels' spelling of a group size, or None where they have none."""
+    if group_size >= in_features:
+        return 0
+    return group_size if group_size in SMALL_GROUPS or group_size % CHUNK == 0 else None
+
+
+def _grid(linear: GroupedLinear, name: str) -> Packable:
+    spec = linear.spec
+    group_size = _group_size(spec.group_size, linear.in_features)
+    if spec.bits not in GRID_BITS or group_size is None:
+        raise UnsupportedModel(
+            f"{name}: no native kernel for {spec.bits} bits in groups of {spec.group_size}; "
+            f"group sizes are 32, 64 and multiples of {CHUNK}; {_REMEDY}"
+        )
+    codes, transform = linear.codes, InputTransform()
+    if not linear.has_contiguous_groups:
+        order = np.argsort(linear.group_index, kind="stable")
+        if not np.array_equal(
+            linear.group_index[order], contiguous_groups(linear.in_features, spec)
+        ):
+            raise UnsupportedModel(f"{name}: groups of unequal size; {_REMEDY}")
+        codes, transform = np.ascontiguousarray(codes[order]), InputTransform(permutation=order)
+    zeros = None if linear.is_symmetric else linear.zeros
+    return GridWeights(codes, linear.scales, zeros, spec.bits, group_size), transform
+
+
+def _trellis(linear: Any) -> Packable:
+    """`linear` is a TcqLinear, whose module imports torch."""
+    codebook = linear.codebook
+    group_size = _group_size(linear.group_size, linear.in_features) if linear.group_size else 0
+    if group_size is None:
+        raise UnsupportedModel(
+            f"tcq with groups of {linear.group_size}; native kernels have 32, 64 and multiples "
+            f"of {CHUNK}; {_REMEDY}"
+        )
+    weights = TcqWeights(
+        codes=linear.codes,
+        scales=linear.scales,
+        table=np.ascontiguousarray(codebook.table, dtype=np.int8),
+        multiplier=codebook.multiplier,
+        bits=codebook.bits,
+        trellis_bits=codebook.trellis_bits,
+        group_size=group_size,
+    )
+    return weights, InputTransform(column_scales=linear.column_scales)
+
+
+def _vectors(linear: VptqLinear, name: str) -> Packable:
+    spec = linear.spec
+    refused = {
+        f"{spec.num_outliers} outlier columns": spec.num_outliers > 0,
+        f"{spec.num_groups} column groups": spec.num_groups > 1,
+        f"vectors of {spec.vector_length}": spec.vector_length not in VECTOR_LENGTHS,
+    }
+    found = [feature for feature, is_there in refused.items() if is_there]
+    if found:
+        raise UnsupportedModel(f"{name}: no native kernel for {', '.join(found)}; {_REMEDY}")
+    indices = [linear.indices[0]]
+    codebooks = [linear.centroids[0]]
+    if linear.res_indices is not None and linear.res_centroids is not None:
+        indices.append(linear.res_indices[0])
+        codebooks.append(linear.res_centroids[0])
+    weights = VqWeights(tuple(indices), tuple(codebooks), linear.out_features)
+    order: NDArray[Any] | None = linear.order
+    transform = InputTransform(
+        permutation=None if order is None else order.astype(np.int32),
+        column_scales=linear.column_scales,
+        column_bias=linear.column_biases,
+    )
+    return weights, transform
