@@ -16,6 +16,18 @@ from vqllm.errors import UnsupportedModel
 
 MAX_ORDER = 1024
 
+# Four sign sequences per order / 4, as bits (1 is -1, least significant first), whose periodic
+# autocorrelations sum to zero. Found by a search over sequences that are constant on the orbits of
+# a group of multipliers; any such four give a Goethals-Seidel array.
+_SEQUENCES = {
+    52: (0x2D1, 0x2D1, 0xC0D, 0xC0C),
+    92: (0x296694, 0x18A519, 0x41DB82, 0x70180E),
+    100: (0x934B25, 0x82B504, 0x9E31E4, 0x170303B),
+    116: (0x15A4C96A, 0x8792785, 0x19D2E60, 0x1C40C08E),
+    156: (0xA2D65E24A, 0x640A968FD9, 0x419A8A063D, 0x186445F043),
+    172: (0x34CF5A50CD2, 0x22E743D18BA, 0x36761EF2A8, 0x4857C440185),
+}
+
 
 @dataclass(frozen=True)
 class HadamardSize:
@@ -49,7 +61,8 @@ def hadamard_matrix(order: int) -> NDArray[np.int8]:
     """A Hadamard matrix of `order`, int8 (order, order).
 
     Order 1, or by the constructions of Paley (1933): type I for order - 1 a prime that is 3 mod 4,
-    type II for order / 2 - 1 a prime that is 1 mod 4.
+    type II for order / 2 - 1 a prime that is 1 mod 4; for the orders in between by arrays of four
+    circulants (Goethals and Seidel 1967).
 
     Raises:
         ValueError: no construction is known here for this order.
@@ -60,6 +73,8 @@ def hadamard_matrix(order: int) -> NDArray[np.int8]:
         return _paley_one(order - 1)
     if _is_prime(order // 2 - 1) and order % 4 == 0 and order // 2 % 4 == 2:
         return _paley_two(order // 2 - 1)
+    if order in _SEQUENCES:
+        return _goethals_seidel(_SEQUENCES[order], order // 4)
     raise ValueError(f"no Hadamard matrix of order {order} is known here")
 
 
@@ -67,7 +82,8 @@ def is_known_order(order: int) -> bool:
     """Whether `hadamard_matrix` can build this order."""
     if order % 4:
         return order == 1
-    return _is_prime(order - 1) or (order // 2 % 4 == 2 and _is_prime(order // 2 - 1))
+    is_paley_two = order // 2 % 4 == 2 and _is_prime(order // 2 - 1)
+    return is_paley_two or _is_prime(order - 1) or order in _SEQUENCES
 
 
 def _base_order(n: int) -> int | None:
@@ -110,3 +126,18 @@ def _paley_two(prime: int) -> NDArray[np.int8]:
     minus = np.array([[1, -1], [-1, -1]], np.int8)
     identity = np.eye(prime + 1, dtype=np.int8)
     return np.asarray(np.kron(core, plus) + np.kron(identity, minus), np.int8)
+
+
+def _goethals_seidel(sequences: tuple[int, ...], size: int) -> NDArray[np.int8]:
+    index = np.arange(size)
+    signs = [np.array([1 - 2 * (bits >> i & 1) for i in index], np.int8) for bits in sequences]
+    a, b, c, d = (row[(index - index[:, None]) % size] for row in signs)
+    flip = np.s_[:, ::-1]  # times the back-identity
+    return np.block(
+        [
+            [a, b[flip], c[flip], d[flip]],
+            [-b[flip], a, d.T[flip], -c.T[flip]],
+            [-c[flip], -d.T[flip], a, b.T[flip]],
+            [-d[flip], c.T[flip], -b.T[flip], a],
+        ]
+    )
