@@ -1,14 +1,14 @@
 """Our own folders, `quant_method` "vqstack": any method per layer, and rotated models.
 
-quantization_config = {quant_method, version, method, layers: {name: entry}, transform, tcq: tables
-by bits, embedding: {bits}, modules_to_not_convert, meta}. The tensors of GPTQ and VPTQ layers are
+quantization_config = {quant_method, version, method, layers: {name: entry}, transform, tcq: trellis
+tables, embedding: {bits}, modules_to_not_convert, meta}. The tensors of GPTQ and VPTQ layers are
 those of the standard formats (symmetric GPTQ layers as v1, asymmetric ones as v2).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vqllm.errors import CorruptCheckpoint, InvalidConfig, UnsupportedModel
 from vqllm.formats import base
@@ -17,6 +17,9 @@ from vqllm.formats.gptq import GptqFormat, read_grouped
 from vqllm.formats.vptq import stored_vptq
 from vqllm.quantization.base import SUPPORTED_BITS, GroupedSpec, QuantizedLinear
 from vqllm.tensor_store import TensorStore
+
+if TYPE_CHECKING:
+    from vqllm.quantization.trellis import TrellisCodebook
 
 VERSION = 1
 _MARKERS = {"gptq": "qweight", "rtn": "qweight", "vptq": "indices", "tcq": "codes"}
@@ -30,7 +33,7 @@ class VqstackFormat(FolderFormat):
     Attributes:
         layers: the entry of every quantized linear by its full name, `method` among its fields.
         transform_fields: what `ModelTransform.to_dict` gave; empty for none.
-        tables: trellis tables by bits: {"2": {"multiplier": int, "table": 256 ints}}.
+        tables: trellis tables by `TrellisCodebook.key`, as `TrellisCodebook.to_dict` gives them.
         bits_of_embedding: 8 for int8 codes with a scale per row, 0 for plain floats.
     """
 
@@ -116,13 +119,8 @@ class VqstackFormat(FolderFormat):
         return read_grouped(name, shape, store, _gptq_format(name, entry))
 
     def _read_tcq(self, name: str, store: TensorStore, entry: dict[str, Any]) -> QuantizedLinear:
-        from vqllm.quantization.methods import read_linear  # imports torch
+        from vqllm.quantization.tcq import TcqLinear  # imports torch
 
-        bits = str(entry.get("bits"))
-        if bits not in self.tables:
-            raise CorruptCheckpoint(
-                f"config.json: {name} has {bits}-bit codes, but tcq has no table for them"
-            )
         prefix = f"{name}."
         tensors = {
             full.removeprefix(prefix): store.raw(full)
@@ -130,10 +128,23 @@ class VqstackFormat(FolderFormat):
             if full.startswith(prefix) and full != f"{name}.bias"
         }
         try:
-            return read_linear(tensors, {**entry, **self.tables[bits]})
-        except (KeyError, ValueError) as error:
+            return TcqLinear.from_tensors(tensors, entry, self._codebook(name, entry))
+        except (KeyError, InvalidConfig) as error:
+            raise CorruptCheckpoint(f"config.json: layers[{name!r}]: {error}") from error
+        except ValueError as error:
             path = store.path_of(self.marker(name))
             raise CorruptCheckpoint(f"{path}: {name}: {error}") from error
+
+    def _codebook(self, name: str, entry: dict[str, Any]) -> TrellisCodebook:
+        from vqllm.quantization.trellis import TrellisCodebook, codebook_key
+
+        key = codebook_key(entry["bits"], entry["trellis_bits"])
+        if key not in self.tables:
+            raise CorruptCheckpoint(
+                f"config.json: {name} needs the trellis table {key}, quantization_config.tcq "
+                f"has {sorted(self.tables)}"
+            )
+        return TrellisCodebook.from_dict(key, self.tables[key])
 
 
 def _gptq_format(name: str, entry: dict[str, Any]) -> GptqFormat:

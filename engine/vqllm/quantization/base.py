@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from vqllm.errors import InvalidConfig
 from vqllm.packing import pack_columns, pack_rows
 
-SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
+WHOLE_ROW = -1
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -88,8 +89,8 @@ class GroupedSpec:
 
     Attributes:
         bits: width of a code.
-        group_size: consecutive input columns that share scale and zero point; a power of two
-            from 16 on, because ONNX Runtime's MatMulNBits has no others.
+        group_size: consecutive input columns that share scale and zero point; a multiple of 8,
+            or -1 for all of them. ONNX Runtime runs powers of two from 16 on only.
 
     Raises:
         InvalidConfig: a value is outside its range.
@@ -101,8 +102,8 @@ class GroupedSpec:
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
             raise InvalidConfig("bits", self.bits, f"one of {SUPPORTED_BITS}")
-        if self.group_size < 16 or self.group_size & (self.group_size - 1):
-            raise InvalidConfig("group_size", self.group_size, "a power of two from 16 on")
+        if self.group_size != WHOLE_ROW and (self.group_size < 8 or self.group_size % 8):
+            raise InvalidConfig("group_size", self.group_size, "a multiple of 8, or -1")
 
     @property
     def max_code(self) -> int:
@@ -113,7 +114,11 @@ class GroupedSpec:
         return 1 << (self.bits - 1)
 
     def num_groups(self, in_features: int) -> int:
-        return -(-in_features // self.group_size)
+        return -(-in_features // self.columns_per_group(in_features))
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Columns of every group but a shorter last one."""
+        return in_features if self.group_size == WHOLE_ROW else self.group_size
 
 
 @dataclass(frozen=True)
@@ -215,4 +220,4 @@ def checked_parameters(current: Arrays, new: Arrays) -> Arrays:
 
 def contiguous_groups(in_features: int, spec: GroupedSpec) -> NDArray[np.int32]:
     """Group of every input column when groups are runs of `group_size` columns."""
-    return (np.arange(in_features) // spec.group_size).astype(np.int32)
+    return (np.arange(in_features) // spec.columns_per_group(in_features)).astype(np.int32)

@@ -34,6 +34,8 @@ from vqllm.model_card import quantized_card
 from vqllm.model_config import read_config
 from vqllm.packing import pack_columns
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, QuantizedLinear
+from vqllm.quantization.tcq import TcqLinear
+from vqllm.quantization.trellis import TrellisCodebook
 from vqllm.quantization.vptq_linear import VptqLinear, layer_config
 from vqllm.tensor_spool import TensorSpool
 
@@ -111,6 +113,7 @@ class _Stored:
     grouped_spec: GroupedSpec | None
     is_symmetric: bool
     vptq_config: dict[str, Any] | None
+    codebook: TrellisCodebook | None
 
     @classmethod
     def of(cls, linear: QuantizedLinear) -> _Stored:
@@ -120,6 +123,7 @@ class _Stored:
             grouped_spec=None if grouped is None else grouped.spec,
             is_symmetric=grouped is not None and grouped.is_symmetric,
             vptq_config=layer_config(linear) if isinstance(linear, VptqLinear) else None,
+            codebook=linear.codebook if isinstance(linear, TcqLinear) else None,
         )
 
 
@@ -240,9 +244,16 @@ class CheckpointWriter:
         return VqstackFormat(
             layers={name: entry.entry for name, entry in self._linears.items()},
             transform_fields=dict(self._plan.transform),
+            tables=self._tables(),
             bits_of_embedding=self._plan.embedding_bits,
             recipe=meta,
         )
+
+    def _tables(self) -> dict[str, Any]:
+        """The trellis tables that the layers use, each once."""
+        codebooks = (entry.codebook for entry in self._linears.values())
+        tables = {book.key: book.to_dict() for book in codebooks if book is not None}
+        return dict(sorted(tables.items()))
 
     def _others(self) -> Mapping[str, NDArray[Any]]:
         if self._plan.others is not None:

@@ -1,0 +1,1 @@
+"""Doors for other libraries; each is imported only by those who want it."""
