@@ -231,6 +231,12 @@ class _GraphBuilder:
                     f"{name}: the groups are permuted (act-order without static groups), which "
                     "ONNX Runtime runs about a hundred times slower; use the torch executor"
                 )
+            size = linear.spec.group_size
+            if size < 16 or size & (size - 1):
+                raise UnsupportedModel(
+                    f"{name}: ONNX Runtime runs groups of a power of two from 16 on, this layer "
+                    f"has {size}; quantize with another group size or use the torch executor"
+                )
         blocks = np.concatenate([blocked_codes(linear) for linear in linears])
         scales = np.concatenate([linear.scales.T.astype(np.float32) for linear in linears])
         zeros = None
@@ -296,8 +302,8 @@ def cache_names(when: str, num_layers: int) -> list[str]:
 
 
 def container_bits(bits: int) -> int:
-    """Width that holds a code in MatMulNBits, which has no 3-bit form."""
-    return 4 if bits == 3 else bits
+    """Width that holds a code in MatMulNBits, which has 2, 4 and 8 bits."""
+    return next(width for width in (2, 4, 8) if width >= bits)
 
 
 def blocked_codes(linear: GroupedLinear) -> NDArray[np.uint8]:

@@ -15,14 +15,9 @@ from torch import Tensor
 from vqllm.errors import InvalidConfig
 from vqllm.packing import unpack_columns, unpack_rows
 from vqllm.quantization.base import Arrays, GroupedLinear, GroupedSpec, QuantizedLinear
-from vqllm.quantization.gptq import (
-    GptqOptions,
-    _grouped_linear,
-    _one_thread,
-    _sweep,
-    search_scales,
-)
+from vqllm.quantization.gptq import GptqOptions, quantize_gptq
 from vqllm.quantization.hessian import HessianFactor
+from vqllm.quantization.rtn import RtnOptions, quantize_rtn
 from vqllm.quantization.tcq import TcqLinear, TcqOptions, quantize_tcq
 from vqllm.quantization.vptq import VptqOptions, quantize_vptq
 from vqllm.quantization.vptq_reading import read_vptq
@@ -41,16 +36,9 @@ class Method:
     quantize: Callable[[Tensor, HessianFactor, Any], QuantizedLinear]
 
 
-def quantize_gptq(weight: Tensor, factor: HessianFactor, options: GptqOptions) -> GroupedLinear:
-    columns = weight.T.contiguous()
-    with _one_thread():
-        scales = search_scales(columns, factor.hessian.diagonal().float(), options)
-        codes = _sweep(columns, factor, scales, options)
-    return _grouped_linear(codes, scales, options.spec)
-
-
 METHODS: Mapping[str, Method] = {
     "gptq": Method(GptqOptions, quantize_gptq),
+    "rtn": Method(RtnOptions, quantize_rtn),
     "tcq": Method(TcqOptions, quantize_tcq),
     "vptq": Method(VptqOptions, quantize_vptq),
 }

@@ -175,7 +175,8 @@ def states_of(codebook: TrellisCodebook, codes: Codes, num_rows: int) -> States:
         | padded[:, first_byte + 2] << np.uint32(16)
     )
     states = window >> (first_bit & 7).astype(np.uint32)
-    return (states & np.uint32((1 << codebook.trellis_bits) - 1)).astype(np.int64)
+    masked: States = (states & np.uint32((1 << codebook.trellis_bits) - 1)).astype(np.int64)
+    return masked
 
 
 def codes_of(codebook: TrellisCodebook, states: States) -> Codes:
