@@ -1,0 +1,131 @@
+"""`vqllm plan`: what a model will cost to quantize and to run, and how that is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vqllm.plan.measure import MeasureConfig
+
+STANDARD_OUTPUT = "-"
+
+
+def plan(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names, folders or config.json files; default is every known shape."),
+    ] = None,
+    bits: Annotated[str, typer.Option(help="Widths, by commas.")] = "2,3,4",
+    method: Annotated[str, typer.Option(help="gptq, vptq or tcq.")] = "tcq",
+    hardware: Annotated[
+        str, typer.Option(help="By commas: reference, a100-80gb, h100-80gb, h200-141gb, a file.")
+    ] = "reference,h100-80gb",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.", min=1)] = 32_768,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write every number to this file; - prints it.")
+    ] = None,
+    criteria: Annotated[
+        bool, typer.Option("--criteria", help="Say which of the first criteria physics allows.")
+    ] = False,
+    measure: Annotated[
+        Path | None, typer.Option(help="Measure this machine into a profile file instead.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the measured machine.")] = "this machine",
+    operations: Annotated[
+        str, typer.Option(help="Operations to measure, by commas; default all.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(help="Rounds of measuring.", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="Threads while measuring.", min=1)] = 2,
+) -> None:
+    """Bytes, memory, hours and tokens per second, each labelled measured or projected."""
+    if measure is not None:
+        from vqllm.plan.measure import MeasureConfig
+
+        config = MeasureConfig(name, repeats=repeats, num_threads=threads)
+        _measure(config, [word for word in operations.split(",") if word], measure)
+        return
+    facts = _facts(models or [], _words(bits), method, _words(hardware), tokens)
+    if criteria:
+        from vqllm.plan.criteria import verdicts
+
+        facts["criteria"] = [vars(verdict) for verdict in verdicts()]
+    _show(facts, json_file)
+
+
+def _facts(
+    models: list[str], bits: list[str], method: str, machines: list[str], tokens: int
+) -> dict[str, Any]:
+    from vqllm.plan.cost import QuantizationPlan, make_plan
+    from vqllm.plan.hardware import find_hardware
+    from vqllm.plan.shapes import NAMES, find_shape
+    from vqllm.quantization.presets import QuantizeConfig
+
+    profiles = [find_hardware(machine) for machine in machines]
+    rows = []
+    for model in models or NAMES:
+        shape = find_shape(model)
+        for width in bits:
+            options = QuantizeConfig(method=method, bits=int(width)).options()
+            for profile in profiles:
+                lines = make_plan(shape, QuantizationPlan(options, tokens), profile)
+                head = {"model": model, "bits": int(width), "hardware": profile.name}
+                rows += [{**head, **line.to_dict()} for line in lines]
+    notes = {profile.name: f"{profile.basis}: {profile.note}" for profile in profiles}
+    return {"method": method, "tokens": tokens, "hardware": notes, "lines": rows}
+
+
+def _show(facts: dict[str, Any], json_file: str | None) -> None:
+    content = json.dumps(facts, indent=2)
+    if json_file == STANDARD_OUTPUT:
+        typer.echo(content)
+        return
+    if json_file is not None:
+        Path(json_file).write_text(content + "\n", encoding="utf-8")
+    console = Console()
+    table = Table("model", "bits", "hardware", "quantity", "value", "basis", "how")
+    for row in facts["lines"]:
+        value = f"{row['value']:.4g} {row['unit']}"
+        cells = (row["model"], str(row["bits"]), row["hardware"], row["quantity"], value)
+        table.add_row(*cells, row["basis"], row["how"])
+    console.print(table)
+    for machine, note in facts["hardware"].items():
+        console.print(f"{machine}: {note}", highlight=False)
+    for verdict in facts.get("criteria", ()):
+        text = f"{verdict['criterion']}: {verdict['verdict']}. {verdict['reason']}"
+        console.print(text, highlight=False)
+
+
+def _measure(config: MeasureConfig, chosen: list[str], target: Path) -> None:
+    """Measure the chosen operations; those an existing profile holds are kept."""
+    from vqllm.plan.measure import (
+        measurable,
+        measure_operation,
+        measure_stream,
+        profile_note,
+        profile_of,
+    )
+
+    messages = Console(stderr=True)
+    names = chosen or measurable()
+    results = [
+        measure_operation(name, config, lambda line: messages.print(line, highlight=False))
+        for name in names
+    ]
+    profile = profile_of(config, results, measure_stream(config.num_threads), profile_note(config))
+    content = profile.to_dict()
+    if target.is_file():
+        kept = json.loads(target.read_text(encoding="utf-8"))
+        for key in ("fits", "validation", "timings"):
+            content[key] = {**kept.get(key, {}), **content[key]}
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    typer.echo(target)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,1 @@
+"""What quantizing and running a model will cost, before anything is downloaded or run."""
