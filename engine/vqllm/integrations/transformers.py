@@ -17,9 +17,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.quantizers import auto as hf_auto
 from transformers.quantizers.base import HfQuantizer
@@ -97,15 +99,10 @@ class VqllmQuantizer(HfQuantizer):
         """Tell transformers that the packed tensors are not its business."""
         tables = [name for name in (EMBEDDING, HEAD) if checkpoint.embedding_codes(name)]
         stems = [*self._linears, *(name.removesuffix(".weight") for name in tables)]
-        unexpected = [rf"^{_escaped(stem)}\.(?!bias$|weight$)" for stem in stems]
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *unexpected,
-        }
-        model._keys_to_ignore_on_load_missing = {
-            *(model._keys_to_ignore_on_load_missing or ()),
-            *(f"^{_escaped(name)}$" for name in tables),
-        }
+        unexpected = (rf"^{_escaped(stem)}\.(?!bias$|weight$)" for stem in stems)
+        missing = (f"^{_escaped(name)}$" for name in tables)
+        _ignore(model, "_keys_to_ignore_on_load_unexpected", set(unexpected))
+        _ignore(model, "_keys_to_ignore_on_load_missing", set(missing))
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Tables in 8 bits are filled in afterwards."""
@@ -114,11 +111,11 @@ class VqllmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._checkpoint is not None
+        _fill_tables(model, self._checkpoint)
         like = model.get_input_embeddings().weight
         for name, module in self._linears.items():
             weight = torch.from_numpy(self._checkpoint.dense_linear(name))
             module.weight = weight.to(like.device, like.dtype)
-        _fill_tables(model, self._checkpoint)
         add_rotations(model, self._checkpoint.transform)
         return model
 
@@ -205,14 +202,24 @@ def _replaced(model: Any, name: str) -> DequantizedLinear:
 
 def _fill_tables(model: Any, checkpoint: Checkpoint) -> None:
     """Embedding and head where the folder keeps them in 8 bits."""
-    with torch.no_grad():
-        if checkpoint.embedding_codes(EMBEDDING):
-            weight = model.get_input_embeddings().weight
-            weight.copy_(torch.from_numpy(checkpoint.embedding()))
-        if checkpoint.embedding_codes(HEAD):
-            weight = model.get_output_embeddings().weight
-            weight.copy_(torch.from_numpy(checkpoint.head()))
+    if checkpoint.embedding_codes(EMBEDDING):
+        _fill(model.get_input_embeddings(), checkpoint.embedding())
+    if checkpoint.embedding_codes(HEAD):
+        _fill(model.get_output_embeddings(), checkpoint.head())
     model.tie_weights()
+
+
+def _fill(module: Any, values: NDArray[np.float32]) -> None:
+    old = module.weight
+    device = "cpu" if old.is_meta else old.device
+    weight = torch.from_numpy(values).to(device, old.dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _ignore(model: Any, attribute: str, patterns: set[str]) -> None:
+    """Add key patterns; older versions of transformers look at the class, newer at the model."""
+    place = model if attribute in vars(model) else type(model)
+    setattr(place, attribute, {*(getattr(place, attribute) or ()), *patterns})
 
 
 def _escaped(name: str) -> str:
