@@ -86,7 +86,7 @@ Tiers make_tiers() {
   tiers[VQ_ISA_AVX512_VNNI].q4_panels = q4_panels_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].lattice = &lattice_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].scq = &scq_ops_avx512_vnni;
-  tiers[VQ_ISA_AVX512_VNNI].matrix = &matrix_ops_baseline;
+  tiers[VQ_ISA_AVX512_VNNI].matrix = &matrix_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].supported = found.avx512_vnni;
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI) && defined(VQ_HAVE_AVX512_VBMI)

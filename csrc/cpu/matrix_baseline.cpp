@@ -55,15 +55,16 @@ void decode_grid3(const std::uint8_t *codes, std::int32_t num_blocks, std::uint8
   }
 }
 
-// The 16 rows of one column; `before` are its bytes in the panel before.
+// The rows of one column of a frame; `before` are its bytes in the frame before.
 void decode_column(const TcqPlan &plan, const std::uint8_t *before, const std::uint8_t *here,
                    std::uint8_t *blocks) {
-  const std::int32_t bytes = 2 * plan.bits;
-  std::uint8_t stream[2 + 2 * 8 + 4] = {};
+  const std::int32_t rows = kPairRows / plan.frames;
+  const std::int32_t bytes = rows * plan.bits / 8;
+  std::uint8_t stream[2 + 8 + 4] = {};
   std::memcpy(stream, before + bytes - 2, 2);
   std::memcpy(stream + 2, here, static_cast<std::size_t>(bytes));
   const std::uint32_t mask = (1u << plan.trellis_bits) - 1u;
-  for (std::int32_t row = 0; row < kPairRows; ++row) {
+  for (std::int32_t row = 0; row < rows; ++row) {
     const std::int32_t bit = 16 + (row + 1) * plan.bits - plan.trellis_bits;
     const std::uint8_t *at = stream + bit / 8;
     const std::uint32_t word = at[0] | (std::uint32_t{at[1]} << 8) | (std::uint32_t{at[2]} << 16);
@@ -73,13 +74,27 @@ void decode_column(const TcqPlan &plan, const std::uint8_t *before, const std::u
   }
 }
 
+// One frame of a block; `set` is its first row set.
+void decode_frame(const TcqPlan &plan, const std::uint8_t *before, const std::uint8_t *here,
+                  std::uint8_t *set) {
+  const std::int32_t bytes = kPairRows / plan.frames * plan.bits / 8;
+  for (std::int32_t column = 0; column < kBlock; ++column) {
+    decode_column(plan, before + column * bytes, here + column * bytes, set + column);
+  }
+}
+
 void decode_tcq(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t num_blocks,
                 std::uint8_t *tile) {
-  const std::int32_t bytes = 2 * stage.tcq->bits;
-  for (std::int32_t column = 0; column < num_blocks * kBlock; ++column) {
-    const std::uint8_t *here = codes + std::int64_t{column} * bytes;
-    decode_column(*stage.tcq, here - stage.panel_bytes, here,
-                  tile + column / kBlock * 2 * kBlockBytes + column % kBlock);
+  const TcqPlan &plan = *stage.tcq;
+  const std::int32_t frame_bytes = kBlock * kPairRows / plan.frames * plan.bits / 8;
+  for (std::int32_t block = 0; block < num_blocks; ++block) {
+    const std::uint8_t *here = codes + std::int64_t{block} * plan.frames * frame_bytes;
+    const std::uint8_t *before = here - stage.panel_bytes + (plan.frames - 1) * frame_bytes;
+    for (std::int32_t frame = 0; frame < plan.frames; ++frame) {
+      decode_frame(plan, before, here, tile + (2 * block + frame) * kBlockBytes);
+      before = here;
+      here += frame_bytes;
+    }
   }
 }
 
@@ -120,6 +135,11 @@ struct Baseline {
   static void decode(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
                      std::int32_t count, std::uint8_t *tile) {
     decode_tile_baseline(stage, panel, column, count, tile);
+  }
+
+  static void load_scale(const MatrixPart &part, const MatrixStage &stage, std::int32_t panel,
+                         std::int32_t pair, std::int32_t segment, SegmentScale &out) {
+    load_segment_scale(part, stage, panel, pair, segment, out);
   }
 
   // Adds eight columns to the sums of one row set.

@@ -11,9 +11,10 @@
 //         64 bytes, low nibbles = set 0, high = set 1. 2 bits: per 16 columns 64 bytes, bit pairs =
 //         (columns 0-7: set 0, set 1), (columns 8-15: set 0, set 1). 3 bits: per 32 columns 64 bytes
 //         of high bits (bit 2 * block + set), then the low two bits as for 2 bits.
-//   TCQ   16 rows per panel, likewise. Per 8 columns 16 * bits bytes: 2 * bits bytes of each
-//         column's bit stream. A state reaches back into the panel before; the first one follows a
-//         panel of zeros.
+//   TCQ   16 rows per panel, likewise. Per 8 columns 16 * bits bytes of the columns' bit streams:
+//         up to 3 bits one frame of 16 rows (2 * bits bytes per column), else two frames of 8 rows
+//         (bits bytes per column). A state reaches back into the frame before, at most two bytes;
+//         the first panel follows a panel of zeros.
 //   VQ    8 index rows per panel, one index = vector_length rows. Per 8 columns 64 indices [8][8],
 //         uint8 for up to 256 codes (row set = one component of 8 index rows), else uint16 (row set
 //         = the components of an index row, padded to 8 or halved if they are 16; of two index rows
@@ -49,14 +50,14 @@ enum class Decode : std::int32_t {
   kCount
 };
 
-// Byte-permute controls of the trellis, see matrix_avx512_vbmi.cpp. Frame f of a column is 8 bytes
-// that hold all states of its rows; below 4 bits one frame has 16 rows, else 8.
+// Byte-permute controls of the trellis, see matrix_avx512_vbmi.cpp. The windows of a frame's rows
+// lie in 8 bytes per column: two of the frame before, then the frame's own.
 struct TcqPlan {
   std::int32_t bits;
   std::int32_t trellis_bits;
   std::int32_t multiplier;
   std::int32_t frames;
-  alignas(64) std::uint8_t gather[2][64];  // frame bytes out of (panel before, panel)
+  alignas(64) std::uint8_t gather[64];     // those bytes of 8 columns, out of (frame before, frame)
   alignas(64) std::uint8_t shifts[4][64];  // bit offsets of the 16-bit windows of 4 rows
   alignas(64) std::uint8_t table[256];     // code = value + 128
 };

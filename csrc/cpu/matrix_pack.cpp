@@ -235,26 +235,31 @@ void place(const vq_matrix_part &source, MatrixPart &part, Pieces &pieces) {
 
 // ---- trellis plan ----
 
-// Frame 0 begins two bytes before the panel; with two frames, frame 1 two bytes before row 8.
-void plan_frames(TcqPlan &plan) {
-  const std::int32_t bytes = 2 * plan.bits;
-  for (std::int32_t frame = 0; frame < plan.frames; ++frame) {
-    for (std::int32_t i = 0; i < kBlockBytes; ++i) {
-      const std::int32_t column = i / 8;
-      const std::int32_t byte = i % 8 - 2 + frame * plan.bits;  // of the column in this panel
-      const std::int32_t before = 64 + column * bytes;          // the other operand, this panel
-      const std::int32_t at = byte < 0 ? column * bytes + bytes + byte : before + byte;
-      plan.gather[frame][i] = static_cast<std::uint8_t>(std::min(at, 127));
-    }
+std::int32_t frames_of(std::int32_t bits) {
+  return bits <= 3 ? 1 : 2;
+}
+
+// Bytes of a column in a frame.
+std::int32_t frame_bytes(std::int32_t bits) {
+  return kPairRows / frames_of(bits) * bits / 8;
+}
+
+void plan_gather(TcqPlan &plan) {
+  const std::int32_t bytes = frame_bytes(plan.bits);
+  for (std::int32_t i = 0; i < kBlockBytes; ++i) {
+    const std::int32_t column = i / 8;
+    const std::int32_t byte = i % 8 - 2;  // of the column in the frame
+    const std::int32_t at = byte < 0 ? (column + 1) * bytes + byte
+                                     : kBlockBytes + column * bytes + std::min(byte, bytes - 1);
+    plan.gather[i] = static_cast<std::uint8_t>(at);
   }
 }
 
 // Window of row 4 * quarter + i: two bytes of lane i of every column.
 void plan_shifts(TcqPlan &plan) {
   for (std::int32_t quarter = 0; quarter < 4; ++quarter) {
-    const std::int32_t frame = plan.frames == 1 ? 0 : quarter / 2;
     for (std::int32_t i = 0; i < kBlockBytes; ++i) {
-      const std::int32_t row = 4 * quarter + i % 8 / 2 - frame * kBlock;
+      const std::int32_t row = (4 * quarter + i % 8 / 2) % (kPairRows / plan.frames);
       const std::int32_t bit = 16 + (row + 1) * plan.bits - plan.trellis_bits + i % 2 * 8;
       plan.shifts[quarter][i] = static_cast<std::uint8_t>(bit % 64);
     }
@@ -266,8 +271,8 @@ std::unique_ptr<TcqPlan> make_plan(const vq_matrix_part &source) {
   plan->bits = source.bits;
   plan->trellis_bits = source.trellis_bits;
   plan->multiplier = source.multiplier;
-  plan->frames = source.bits <= 3 ? 1 : 2;
-  plan_frames(*plan);
+  plan->frames = frames_of(source.bits);
+  plan_gather(*plan);
   plan_shifts(*plan);
   for (int i = 0; i < 256; ++i) {
     plan->table[i] = static_cast<std::uint8_t>(source.table[i] + kCodeOffset);
@@ -458,17 +463,24 @@ void fill_grid(const vq_matrix_part &source, const MatrixPart &part) {
   }
 }
 
+// One column of the file, panel by panel, frame by frame.
+void fill_stream(const std::uint8_t *stream, std::int64_t length, std::int32_t bits,
+                 std::int64_t column, const MatrixStage &stage) {
+  const std::int64_t bytes = frame_bytes(bits);
+  const std::int64_t frames = frames_of(bits);
+  const std::int64_t block = column / kBlock * kBlock * frames * bytes;
+  for (std::int64_t at = 0, frame = 0; at < length; at += bytes, ++frame) {
+    std::uint8_t *panel = writable(stage.codes) + frame / frames * stage.panel_bytes + block;
+    std::memcpy(panel + (frame % frames * kBlock + column % kBlock) * bytes, stream + at,
+                static_cast<std::size_t>(std::min(bytes, length - at)));
+  }
+}
+
 void fill_tcq(const vq_matrix_part &source, const MatrixPart &part) {
-  const MatrixStage &stage = part.stages[0];
-  const std::int64_t bytes = 2 * source.bits;  // of a column in a panel
-  const std::int64_t stream = ceil_div(std::int64_t{part.rows} * source.bits, 8);
+  const std::int64_t length = ceil_div(std::int64_t{part.rows} * source.bits, 8);
   const auto *codes = static_cast<const std::uint8_t *>(source.codes);
   for (std::int64_t column = 0; column < part.in_features; ++column) {
-    for (std::int64_t panel = 0; panel < part.num_panels; ++panel) {
-      const std::int64_t count = std::min(bytes, stream - panel * bytes);
-      std::memcpy(writable(stage.codes) + panel * stage.panel_bytes + column * bytes,
-                  codes + column * stream + panel * bytes, static_cast<std::size_t>(count));
-    }
+    fill_stream(codes + column * length, length, source.bits, column, part.stages[0]);
   }
 }
 

@@ -2,6 +2,7 @@
 // the first-level cache, then multiply it with many rows of activations. A tier gives
 //   Tier::kRows    activation rows that one call of segment takes
 //   Tier::decode   a DecodeTileFn
+//   Tier::load_scale  scales and zeros of one segment of a pair, as load_segment_scale
 //   Tier::segment  adds one segment of one pair, for a few rows, to their lanes
 // in a class of its own unnamed namespace, so that no tier can end up with another one's code.
 #pragma once
@@ -23,8 +24,8 @@ constexpr std::int32_t kBatchFloats = 8192;  // results of a batch chunk, over a
 
 // One segment: columns with one weight scale and one activation scale.
 struct SegmentScale {
-  float scale[kPairRows];
-  std::int32_t zero[kPairRows];
+  alignas(64) float scale[kPairRows];
+  alignas(64) std::int32_t zero[kPairRows];
 };
 
 inline void load_segment_scale(const MatrixPart &part, const MatrixStage &stage, std::int32_t panel,
@@ -83,7 +84,7 @@ struct TileLoops {
         const std::int32_t length = std::min(part.segment, count - from);
         const std::int32_t at = column + from;
         SegmentScale scale;
-        load_segment_scale(part, stage, panel, pair, at / part.segment, scale);
+        Tier::load_scale(part, stage, panel, pair, at / part.segment, scale);
         for (std::int32_t b = 0; b < batch; b += Tier::kRows) {
           const std::int32_t rows = std::min<std::int32_t>(Tier::kRows, batch - b);
           std::int32_t sums[Tier::kRows];

@@ -1,0 +1,321 @@
+// What the two AVX-512 tiers share: grid decoders, products of decoded blocks, and the loops around
+// both. Everything is in an unnamed namespace of the including tier.
+#pragma once
+
+#include <immintrin.h>
+
+#include "matrix_tile.hpp"
+
+namespace vq {
+namespace {
+
+// 4 KiB ahead is worth 20 % on weights from memory; weights in cache do not notice.
+constexpr std::int32_t kPrefetchBytes = 4096;
+
+inline __m512i load_bytes(const std::uint8_t *bytes) {
+  return _mm512_loadu_si512(bytes);
+}
+
+inline void prefetch(const std::uint8_t *codes) {
+  _mm_prefetch(reinterpret_cast<const char *>(codes + kPrefetchBytes), _MM_HINT_T0);
+}
+
+// Eight activations, once per row of a block.
+inline __m512i broadcast8(const std::int8_t *x) {
+  std::int64_t word;
+  std::memcpy(&word, x, sizeof word);
+  return _mm512_set1_epi64(word);
+}
+
+// Two row sets of (columns 0-3, columns 4-7) sums per row to 16 sums.
+inline __m512i add_halves(__m512i set0, __m512i set1) {
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_permutex2var_epi32(set0, even, set1),
+                          _mm512_permutex2var_epi32(set0, odd, set1));
+}
+
+// Two roundings, as in every tier: an FMA here would change the result.
+inline __m512 add_scaled(__m512 out, __m512i dots, __m512 scale, float x_scale) {
+  const __m512 product =
+      _mm512_mul_ps(_mm512_cvtepi32_ps(dots), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)));
+  return _mm512_add_ps(out, product);
+}
+
+inline __m512 load_halves(const std::uint16_t *halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves)));
+}
+
+inline __m512i load_zeros(const std::uint8_t *zeros) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(zeros)));
+}
+
+// ---- decoders: step() turns bytes() codes at `p` into 2 * kBlocks blocks (set 0, set 1, ...) ----
+
+struct Grid8 {
+  static constexpr int kBlocks = 1;
+  explicit Grid8(const MatrixStage &) {}
+  static constexpr std::int64_t bytes() { return 128; }
+  void step(const std::uint8_t *p, __m512i *w) const {
+    w[0] = load_bytes(p);
+    w[1] = load_bytes(p + kBlockBytes);
+  }
+};
+
+struct Grid4 {
+  static constexpr int kBlocks = 1;
+  explicit Grid4(const MatrixStage &) {}
+  static constexpr std::int64_t bytes() { return 64; }
+  void step(const std::uint8_t *p, __m512i *w) const {
+    const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i bytes = load_bytes(p);
+    w[0] = _mm512_and_si512(bytes, mask);
+    w[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+  }
+};
+
+inline void split_pairs(__m512i bytes, __m512i *w) {
+  const __m512i mask = _mm512_set1_epi8(3);
+  w[0] = _mm512_and_si512(bytes, mask);
+  w[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 2), mask);
+  w[2] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+  w[3] = _mm512_and_si512(_mm512_srli_epi16(bytes, 6), mask);
+}
+
+struct Grid2 {
+  static constexpr int kBlocks = 2;
+  explicit Grid2(const MatrixStage &) {}
+  static constexpr std::int64_t bytes() { return 64; }
+  void step(const std::uint8_t *p, __m512i *w) const { split_pairs(load_bytes(p), w); }
+};
+
+// a | (b & c)
+inline __m512i or_and(__m512i a, __m512i b, __m512i c) {
+  return _mm512_ternarylogic_epi32(a, b, c, 0xf8);
+}
+
+struct Grid3 {
+  static constexpr int kBlocks = 4;
+  explicit Grid3(const MatrixStage &) {}
+  static constexpr std::int64_t bytes() { return 192; }
+  void step(const std::uint8_t *p, __m512i *w) const {
+    const __m512i four = _mm512_set1_epi8(4);
+    const __m512i high = load_bytes(p);
+    split_pairs(load_bytes(p + kBlockBytes), w);
+    split_pairs(load_bytes(p + 2 * kBlockBytes), w + 4);
+    w[0] = or_and(w[0], _mm512_slli_epi16(high, 2), four);
+    w[1] = or_and(w[1], _mm512_slli_epi16(high, 1), four);
+    w[2] = or_and(w[2], high, four);
+    w[3] = or_and(w[3], _mm512_srli_epi16(high, 1), four);
+    w[4] = or_and(w[4], _mm512_srli_epi16(high, 2), four);
+    w[5] = or_and(w[5], _mm512_srli_epi16(high, 3), four);
+    w[6] = or_and(w[6], _mm512_srli_epi16(high, 4), four);
+    w[7] = or_and(w[7], _mm512_srli_epi16(high, 5), four);
+  }
+};
+
+// ---- one row of activations: decode in registers and multiply ----
+
+// Sums of one segment, 16 lanes.
+template <class Decoder>
+inline __m512i dot_segment(const Decoder &decoder, const std::uint8_t *p, std::int32_t num_blocks,
+                           const std::int8_t *q) {
+  constexpr int kStep = Decoder::kBlocks > 2 ? Decoder::kBlocks : 2;  // blocks per turn
+  __m512i even0 = _mm512_setzero_si512(), even1 = even0, odd0 = even0, odd1 = even0;
+  for (std::int32_t block = 0; block < num_blocks; block += kStep) {
+    __m512i w[2 * kStep];
+    for (int i = 0; i < kStep / Decoder::kBlocks; ++i) {
+      prefetch(p + i * decoder.bytes());
+      decoder.step(p + i * decoder.bytes(), w + 2 * Decoder::kBlocks * i);
+    }
+    for (int i = 0; i < kStep; i += 2) {
+      const __m512i x0 = broadcast8(q + i * kBlock);
+      const __m512i x1 = broadcast8(q + (i + 1) * kBlock);
+      even0 = _mm512_dpbusd_epi32(even0, w[2 * i], x0);
+      even1 = _mm512_dpbusd_epi32(even1, w[2 * i + 1], x0);
+      odd0 = _mm512_dpbusd_epi32(odd0, w[2 * i + 2], x1);
+      odd1 = _mm512_dpbusd_epi32(odd1, w[2 * i + 3], x1);
+    }
+    p += kStep / Decoder::kBlocks * decoder.bytes();
+    q += kStep * kBlock;
+  }
+  return add_halves(_mm512_add_epi32(even0, odd0), _mm512_add_epi32(even1, odd1));
+}
+
+inline __mmask16 valid_lanes(const MatrixPart &part, std::int32_t panel) {
+  const std::int32_t count = std::min<std::int32_t>(kPairRows, part.rows - panel * kPairRows);
+  return static_cast<__mmask16>((1u << count) - 1u);
+}
+
+// Formats with one pair per panel.
+template <class Decoder>
+void multiply_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  const MatrixPart &part = *job.part;
+  const MatrixStage &stage = part.stages[0];
+  const Decoder decoder(stage);
+  const __m512 offset = _mm512_set1_ps(job.x.offsets != nullptr ? job.x.offsets[0] : 0.0f);
+  for (std::int32_t panel = begin; panel < end; ++panel) {
+    const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
+    const std::int64_t at = std::int64_t{panel} * part.num_groups * kPairRows;
+    const std::uint16_t *scales = part.scales + at;
+    const std::uint8_t *zeros = part.zeros != nullptr ? part.zeros + at : nullptr;
+    __m512 out = _mm512_setzero_ps();
+    std::int32_t until = part.segments_per_group;
+    for (std::int32_t column = 0; column < part.columns; column += part.segment) {
+      const std::int32_t count = std::min(part.segment, part.columns - column);
+      const __m512i sum = _mm512_set1_epi32(segment_sum(job.x, 0, column, count));
+      const __m512i zero =
+          zeros != nullptr ? load_zeros(zeros) : _mm512_set1_epi32(stage.zero);
+      const __m512i dots =
+          dot_segment(decoder, codes, count / kBlock, job.x.q + column);
+      out = add_scaled(out, _mm512_sub_epi32(dots, _mm512_mullo_epi32(zero, sum)),
+                       load_halves(scales), job.x.scales[column / kActivationGroup]);
+      codes += count / kBlock / Decoder::kBlocks * decoder.bytes();
+      if (--until == 0) {
+        until = part.segments_per_group;
+        scales += kPairRows;
+        zeros = zeros != nullptr ? zeros + kPairRows : nullptr;
+      }
+    }
+    if (job.x.offsets != nullptr) {
+      out = _mm512_add_ps(out, offset);
+    }
+    _mm512_mask_storeu_ps(job.y + part.row_begin + panel * kPairRows, valid_lanes(part, panel),
+                          out);
+  }
+}
+
+// ---- many rows: tiles ----
+
+template <class Decoder>
+void decode_pair(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t count,
+                 std::uint8_t *tile) {
+  const Decoder decoder(stage);
+  for (std::int32_t block = 0; block < count / kBlock; block += Decoder::kBlocks) {
+    __m512i w[2 * Decoder::kBlocks];
+    prefetch(codes);
+    decoder.step(codes, w);
+    for (int i = 0; i < 2 * Decoder::kBlocks; ++i) {
+      _mm512_store_si512(tile + i * kBlockBytes, w[i]);
+    }
+    codes += decoder.bytes();
+    tile += 2 * Decoder::kBlocks * kBlockBytes;
+  }
+}
+
+inline bool decode_grid(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
+                        std::int32_t count, std::uint8_t *tile) {
+  const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
+  switch (stage.decode) {
+    case Decode::kGrid2:
+      decode_pair<Grid2>(stage, codes + column * 4, count, tile);
+      return true;
+    case Decode::kGrid3:
+      decode_pair<Grid3>(stage, codes + column * 6, count, tile);
+      return true;
+    case Decode::kGrid4:
+      decode_pair<Grid4>(stage, codes + column * 8, count, tile);
+      return true;
+    case Decode::kGrid8:
+      decode_pair<Grid8>(stage, codes + column * 16, count, tile);
+      return true;
+    default:
+      return false;
+  }
+}
+
+// kRows rows of activations with one segment of a pair.
+template <int kRows>
+inline void multiply_segment(const std::uint8_t *blocks, std::int32_t num_blocks,
+                             const std::int8_t *x, std::int64_t x_stride,
+                             const SegmentScale &scale, const std::int32_t *sums,
+                             const float *x_scales, float *lanes, std::int64_t lanes_stride) {
+  __m512i acc0[kRows];
+  __m512i acc1[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    acc0[i] = _mm512_setzero_si512();
+    acc1[i] = _mm512_setzero_si512();
+  }
+  for (std::int32_t block = 0; block < num_blocks; ++block) {
+    const __m512i w0 = load_bytes(blocks);
+    const __m512i w1 = load_bytes(blocks + kBlockBytes);
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i values = broadcast8(x + i * x_stride);
+      acc0[i] = _mm512_dpbusd_epi32(acc0[i], w0, values);
+      acc1[i] = _mm512_dpbusd_epi32(acc1[i], w1, values);
+    }
+    blocks += 2 * kBlockBytes;
+    x += kBlock;
+  }
+  const __m512i zero = _mm512_load_si512(scale.zero);
+  const __m512 scales = _mm512_load_ps(scale.scale);
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[i]));
+    const __m512i dots = _mm512_sub_epi32(add_halves(acc0[i], acc1[i]), offset);
+    float *out = lanes + i * lanes_stride;
+    _mm512_store_ps(out, add_scaled(_mm512_load_ps(out), dots, scales, x_scales[i]));
+  }
+}
+
+struct Avx512Segments {
+  static constexpr int kRows = 8;
+
+  static void load_scale(const MatrixPart &part, const MatrixStage &stage, std::int32_t panel,
+                         std::int32_t pair, std::int32_t segment, SegmentScale &out) {
+    if (stage.lane_scales != nullptr) {
+      load_segment_scale(part, stage, panel, pair, segment, out);
+      return;
+    }
+    const std::int64_t at =
+        (std::int64_t{panel} * part.num_groups + segment / part.segments_per_group) * kPairRows;
+    _mm512_store_ps(out.scale, load_halves(part.scales + at));
+    _mm512_store_si512(out.zero, part.zeros != nullptr ? load_zeros(part.zeros + at)
+                                                       : _mm512_set1_epi32(stage.zero));
+  }
+
+  static void segment(const std::uint8_t *blocks, std::int32_t num_blocks, const std::int8_t *x,
+                      std::int64_t x_stride, std::int32_t rows, const SegmentScale &scale,
+                      const std::int32_t *sums, const float *x_scales, float *lanes,
+                      std::int64_t lanes_stride) {
+    std::int32_t done = 0;
+    for (; done + 8 <= rows; done += 8) {
+      multiply_segment<8>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
+                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
+    }
+    for (; done + 4 <= rows; done += 4) {
+      multiply_segment<4>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
+                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
+    }
+    for (; done + 2 <= rows; done += 2) {
+      multiply_segment<2>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
+                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
+    }
+    if (done < rows) {
+      multiply_segment<1>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
+                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
+    }
+  }
+};
+
+inline bool multiply_grid_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  switch (job.part->stages[0].decode) {
+    case Decode::kGrid2:
+      multiply_row<Grid2>(job, begin, end);
+      return true;
+    case Decode::kGrid3:
+      multiply_row<Grid3>(job, begin, end);
+      return true;
+    case Decode::kGrid4:
+      multiply_row<Grid4>(job, begin, end);
+      return true;
+    case Decode::kGrid8:
+      multiply_row<Grid8>(job, begin, end);
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+}  // namespace vq

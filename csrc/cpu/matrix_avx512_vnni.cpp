@@ -1,0 +1,28 @@
+// AVX-512 VNNI tier: grids decode in registers, vpdpbusd adds four products per 32-bit lane. Without
+// byte permutes there is no fast way to codebooks: those decode by the portable loops into a tile.
+// Compiled with the flags of CMakeLists.txt; only reached after the run-time check in dispatch.cpp.
+#include "matrix_avx512.hpp"
+
+namespace vq {
+namespace {
+
+struct Vnni : Avx512Segments {
+  static void decode(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
+                     std::int32_t count, std::uint8_t *tile) {
+    if (!decode_grid(stage, panel, column, count, tile)) {
+      decode_tile_baseline(stage, panel, column, count, tile);
+    }
+  }
+};
+
+void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  if (job.x.batch > 1 || !multiply_grid_row(job, begin, end)) {
+    TileLoops<Vnni>::panels(job, begin, end);
+  }
+}
+
+}  // namespace
+
+const MatrixOps matrix_ops_avx512_vnni = {panels, Vnni::decode};
+
+}  // namespace vq
