@@ -29,13 +29,11 @@ from vqllm.decoder.config import DecoderConfig
 from vqllm.decoder.norm import rms_norm
 from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import UnsupportedModel
+from vqllm.outlier.structure import BLOCK_NORMS, LATENT_NORMS, ROUTER, norm_before
 from vqllm.outlier.transform import HadamardRotation, ModelTransform, rotation
 from vqllm.sources import Tensors, WeightSource, as_float32, layer_of
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-LATENT_NORMS = ("self_attn.q_a_layernorm.weight", "self_attn.kv_a_layernorm.weight")
-ROUTER = "mlp.gate.weight"
 
 _CHUNK = 8192
 
@@ -98,9 +96,9 @@ class BlockRotation:
     def weight(self, part: str, weight: Tensor) -> Tensor:
         """A linear's weight (out, in)."""
         rows = weight.double()
-        norm = self._norm_before(part)
+        norm = norm_before(part)
         if norm is not None:
-            rows = rows * norm.double()
+            rows = rows * self._norms[norm].double()
         for span in self._input_spans(part, weight.shape[1]):
             rows = span.apply(rows)
         for span in self._output_spans(part):
@@ -124,26 +122,12 @@ class BlockRotation:
             return self.bias(name.removesuffix(".bias"), values)
         return values
 
-    def _norm_before(self, part: str) -> Tensor | None:
-        """The folded norm that a linear reads from."""
-        name = self._source_norm(part)
-        return None if name is None else self._norms[name]
-
-    def _source_norm(self, part: str) -> str | None:
-        if part.endswith(("o_proj", "down_proj")):
-            return None
-        if part.startswith("mlp."):
-            return BLOCK_NORMS[1]
-        if part.endswith("q_b_proj"):
-            return LATENT_NORMS[0]
-        return LATENT_NORMS[1] if part.endswith("kv_b_proj") else BLOCK_NORMS[0]
-
     def _input_spans(self, part: str, in_features: int) -> Iterable[_Span]:
         if part.endswith("o_proj"):
             return self._spans("head", self._config.value_dim)
         if part.endswith("down_proj"):
             return self._spans("down", in_features)
-        is_latent = self._source_norm(part) in LATENT_NORMS
+        is_latent = norm_before(part) in LATENT_NORMS
         return self._spans("head" if is_latent else "residual", in_features)
 
     def _output_spans(self, part: str) -> Iterable[_Span]:
