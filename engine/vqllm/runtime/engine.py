@@ -159,7 +159,10 @@ class Engine:
         """Raises InvalidConfig when the executor cannot hold what the config allows."""
         self.config = config or EngineConfig()
         self.executor = executor
-        self._paged = WholeSequencePages(executor) if isinstance(executor, Executor) else executor
+        # The native executor is both; then pages it is.
+        self._paged = (
+            executor if isinstance(executor, PagedExecutor) else WholeSequencePages(executor)
+        )
         self.context_length = self.config.resolve_context_length(executor.context_length)
         _check(self.config, executor, self._paged)
         self._tokenizer = tokenizer

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vqllm.checkpoint import Checkpoint
-from vqllm.errors import CorruptCheckpoint, ExecutorUnavailable
+from vqllm.errors import CorruptCheckpoint, ExecutorUnavailable, UnsupportedModel
 from vqllm.model_info import ModelInfo
 from vqllm.runtime.engine import Engine, EngineConfig
 from vqllm.runtime.executors.base import Executor
 from vqllm.runtime.tokenizer import ChatTokenizer
+
+logger = logging.getLogger(__name__)
+
+Sizes = tuple[int, int, int]  # context_length, max_num_sequences, num_threads
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ def load(
 
     Args:
         folder: holds config.json, safetensors and the tokenizer files.
-        executor: `onnx` (ONNX Runtime), `native` (our 4-bit kernel inside the reference's
-            forward pass) or `torch` (the slow reference).
+        executor: `native` (our decoder step on packed weights), `onnx` (ONNX Runtime), `torch`
+            (the slow reference), or `auto`, the first of them that can run the folder.
         config: limits of the engine; None is the defaults.
         num_threads: threads of one matrix product; 0 leaves it to the library.
 
@@ -56,24 +62,57 @@ def load(
 def make_executor(
     checkpoint: Checkpoint, name: str, config: EngineConfig, num_threads: int = 0
 ) -> Executor:
-    """The executor called `name`, with room for what `config` allows.
+    """The executor called `name`, or for `auto` the fastest one that runs the folder as it is.
 
     Raises:
         ExecutorUnavailable: no such executor, or its library is missing or installed twice.
+        UnsupportedModel: the executor cannot run this folder.
     """
     context_length = config.resolve_context_length(checkpoint.config.context_length)
     sizes = (context_length, config.max_num_sequences, num_threads)
-    # Imported here: each brings a library that the other does not need.
-    if name == "onnx":
-        from vqllm.runtime.executors.onnx import OnnxExecutor
+    if name == "auto":
+        return _first_that_runs(checkpoint, sizes)
+    if name not in _MAKERS:
+        known = ", ".join(("auto", *_MAKERS))
+        raise ExecutorUnavailable(f"no executor is called {name!r}; known: {known}")
+    return _MAKERS[name](checkpoint, sizes)
 
-        return OnnxExecutor(checkpoint, *sizes)
-    if name == "native":
-        from vqllm.runtime.executors.native import NativeExecutor
 
-        return NativeExecutor(checkpoint, *sizes)
-    if name == "torch":
-        from vqllm.runtime.executors.torch import TorchExecutor
+def _first_that_runs(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
+    # The native executor would round the weights of a plain folder to 8 bits: not asked for.
+    skipped = () if checkpoint.quantization is not None else ("native",)
+    for name in (name for name in _MAKERS if name not in skipped):
+        try:
+            executor = _MAKERS[name](checkpoint, sizes)
+        except (ExecutorUnavailable, UnsupportedModel) as error:
+            logger.info("executor %s cannot run %s: %s", name, checkpoint.folder, error)
+        else:
+            logger.info("executor %s runs %s", name, checkpoint.folder)
+            return executor
+    raise UnsupportedModel(f"no executor can run {checkpoint.folder}; the log says why")
 
-        return TorchExecutor(checkpoint, *sizes)
-    raise ExecutorUnavailable(f"no executor is called {name!r}; known: native, onnx, torch")
+
+# Imported where they are made: each brings a library that the others do not need.
+def _make_native(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
+    from vqllm.runtime.executors.native import NativeExecutor
+
+    return NativeExecutor(checkpoint, *sizes)
+
+
+def _make_onnx(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
+    from vqllm.runtime.executors.onnx import OnnxExecutor
+
+    return OnnxExecutor(checkpoint, *sizes)
+
+
+def _make_torch(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
+    from vqllm.runtime.executors.torch import TorchExecutor
+
+    return TorchExecutor(checkpoint, *sizes)
+
+
+_MAKERS: dict[str, Callable[[Checkpoint, Sizes], Executor]] = {
+    "native": _make_native,
+    "onnx": _make_onnx,
+    "torch": _make_torch,
+}
