@@ -1,6 +1,6 @@
 """Trains the off-grid llama on one text file and writes it as a Hugging Face folder.
 
-Uses the reference forward pass of `vqllm.llama`; knows no quantization.
+Uses the reference forward pass of `vqllm.decoder`; knows no quantization.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqllm.checkpoint import EMBEDDING, FINAL_NORM, write_json
+from vqllm.decoder.block import forward_block
+from vqllm.decoder.config import DecoderConfig
+from vqllm.decoder.norm import rms_norm
+from vqllm.decoder.rope import RotaryTable
+from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import CalibrationError, InvalidConfig, VqllmError
-from vqllm.llama import BlockWeights, RotaryTable, forward_block, rms_norm
-from vqllm.model_config import LlamaConfig, parse_config
+from vqllm.model_config import parse_config
 from vqllm.offgrid.tokens import encode, save, train_tokenizer
 
 Report = Callable[[int, float], None]
@@ -101,7 +105,7 @@ def train(text: Path, target: Path, config: TrainingConfig, report: Report) -> P
     return target
 
 
-def initial_parameters(config: LlamaConfig) -> Parameters:
+def initial_parameters(config: DecoderConfig) -> Parameters:
     """Normal weights of standard deviation 0.02, outputs of a block scaled down by its depth."""
     parameters = {
         EMBEDDING: torch.randn(config.vocab_size, config.hidden_size) * 0.02,
@@ -119,7 +123,7 @@ def initial_parameters(config: LlamaConfig) -> Parameters:
     return parameters
 
 
-def logits(parameters: Parameters, config: LlamaConfig, token_ids: Tensor) -> Tensor:
+def logits(parameters: Parameters, config: DecoderConfig, token_ids: Tensor) -> Tensor:
     """Logits (b, t, vocab_size) of token ids (b, t)."""
     hidden = F.embedding(token_ids, parameters[EMBEDDING])
     rotary = RotaryTable.build(config, token_ids.shape[1])
@@ -129,7 +133,7 @@ def logits(parameters: Parameters, config: LlamaConfig, token_ids: Tensor) -> Te
     return F.linear(hidden, parameters[EMBEDDING])
 
 
-def _block(parameters: Parameters, config: LlamaConfig, layer: int) -> BlockWeights:
+def _block(parameters: Parameters, config: DecoderConfig, layer: int) -> BlockWeights:
     prefix = f"model.layers.{layer}"
     return BlockWeights(
         input_norm=parameters[f"{prefix}.input_layernorm.weight"],
@@ -140,7 +144,7 @@ def _block(parameters: Parameters, config: LlamaConfig, layer: int) -> BlockWeig
 
 def _fit(
     parameters: Parameters,
-    shape: LlamaConfig,
+    shape: DecoderConfig,
     token_ids: NDArray[np.int64],
     config: TrainingConfig,
     report: Report,
