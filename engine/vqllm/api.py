@@ -1,31 +1,32 @@
 """Quantizing in three calls from Python; the command line uses the same ones.
 
 quantizer = AutoQuantizer.from_pretrained("path/to/folder")
-quantizer.quantize(method="gptq", bits=4, group_size=128)
+quantizer.quantize(method="tcq", bpw=2.25)
 quantizer.save_pretrained("path/to/quantized")
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from vqllm.calibration import CalibrationConfig, Windows, calibration_windows
+from vqllm.calibration import CalibrationConfig, calibration_windows
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import UnsupportedModel, VqllmError
 from vqllm.fetch import SOURCES, default_cache, fetch
 from vqllm.quantization.artefacts import WorkFolder
-from vqllm.quantization.mapper import LocalMapper, Mapper
+from vqllm.quantization.job import Norms, QuantizeJob, TuningReport
+from vqllm.quantization.mappers import LocalMapper, Mapper
+from vqllm.quantization.memory import plan_memory
 from vqllm.quantization.parts import QuantizedPart
-from vqllm.quantization.pipeline import quantize_model
-from vqllm.quantization.presets import QuantizeConfig, make_recipe
-from vqllm.quantization.recipe import Recipe, hash_of
-from vqllm.quantization.saving import CheckpointWriter, FolderPlan
+from vqllm.quantization.pipeline import Surroundings
+from vqllm.quantization.presets import QuantizeConfig
+from vqllm.quantization.recipe import Recipe
 from vqllm.runtime.tokenizer import ChatTokenizer
-from vqllm.sources import PlainSource, WeightSource
+from vqllm.tuning.tune import TuningStep
 
 Report = Callable[[QuantizedPart], None]
 
@@ -34,19 +35,35 @@ def _ignore(part: QuantizedPart) -> None:
     """The report of callers who want none."""
 
 
+def _ignore_step(step: TuningStep) -> None:
+    """The same for tuning."""
+
+
+class Hub(Protocol):
+    """What `push_to_hub` needs of a hub client; `huggingface_hub.HfApi` is one."""
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> Any: ...
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How to run, which does not change the result.
 
     Attributes:
         resume: go on with an unfinished run of the same settings; else start over.
+        max_memory: bytes that must not be exceeded, or None.
         mapper: where linears are quantized.
         report: called with every finished linear.
+        report_tuning: called after every step of tuning.
     """
 
     resume: bool = True
+    max_memory: int | None = None
     mapper: Mapper = field(default_factory=LocalMapper)
     report: Report = _ignore
+    report_tuning: TuningReport = _ignore_step
 
 
 class AutoQuantizer:
@@ -55,8 +72,7 @@ class AutoQuantizer:
     def __init__(self, checkpoint: Checkpoint, tokenizer: ChatTokenizer) -> None:
         self.checkpoint = checkpoint
         self._tokenizer = tokenizer
-        self._job: _Job | None = None
-        self._parts: list[QuantizedPart] = []
+        self._done: _Done | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | Path, cache: Path | None = None) -> AutoQuantizer:
@@ -80,20 +96,20 @@ class AutoQuantizer:
     ) -> AutoQuantizer:
         """Quantize every decoder linear and keep the result in memory.
 
-        `settings` are the fields of `QuantizeConfig`: method, bits, bpw, group_size, ... For
-        models whose quantized form does not fit in memory use `quantize_to`.
+        `settings` are the fields of `QuantizeConfig`: method, bits, bpw, group_size, preprocess
+        and so on. For models whose quantized form does not fit in memory use `quantize_to`.
 
         Raises:
             InvalidConfig, CalibrationError, CorruptCheckpoint, UnsupportedModel: names the cause.
+            OverBudget: the bit budget cannot be met.
         """
-        if settings.get("bpw") is not None:
-            settings.setdefault("bits", None)
-        job = self._prepare(QuantizeConfig(**settings), calibration or CalibrationConfig())
-        self._parts = []
-        for part in job.run(RunOptions(), None):
+        job = self._job(QuantizeConfig(**settings), calibration or CalibrationConfig())
+        recipe, parts = job.recipe(), {}
+        for part in job.run(recipe, Surroundings()):
             report(part)
-            self._parts.append(part)
-        self._job = job
+            parts[part.name] = part
+        tuned, norms = job.tuned(parts, _ignore_step)
+        self._done = _Done(job, recipe, tuned, norms)
         return self
 
     def save_pretrained(self, target: str | Path) -> Path:
@@ -102,9 +118,33 @@ class AutoQuantizer:
         Raises:
             VqllmError: nothing was quantized yet, or `target` exists.
         """
-        if self._job is None:
+        if self._done is None:
             raise VqllmError("nothing to save: call quantize() first")
-        return self._job.write(Path(target), iter(self._parts))
+        done, target = self._done, Path(target)
+        done.job.write(target, iter(done.parts.values()), done.recipe, done.norms)
+        return target
+
+    def push_to_hub(self, repo_id: str, private: bool = False, hub: Hub | None = None) -> None:
+        """Upload what `quantize` made to a repository of the Hugging Face hub.
+
+        Args:
+            repo_id: `owner/name`; made where it does not exist.
+            hub: client to use; by default one with the credentials that `hf auth login` stored.
+
+        Raises:
+            VqllmError: nothing was quantized yet.
+            huggingface_hub.errors.HfHubHTTPError: the hub refused.
+        """
+        if hub is None:
+            from huggingface_hub import HfApi
+
+            hub = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            target = self.save_pretrained(Path(folder) / repo_id.rsplit("/", 1)[-1])
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+            hub.upload_folder(
+                repo_id=repo_id, folder_path=str(target), commit_message="Add quantized weights"
+            )
 
     def quantize_to(
         self,
@@ -119,107 +159,61 @@ class AutoQuantizer:
 
         Raises:
             VqllmError: `target` exists; else as `quantize`.
+            OverBudget: neither the bits nor the memory allowed suffice.
             ResumeMismatch, CorruptArtefact: an unfinished run is in the way or damaged.
             DiskFull: finished linears are kept.
         """
         target, options = Path(target), options or RunOptions()
         if target.exists():
             raise VqllmError(f"{target} exists already; remove it or choose another folder")
-        job = self._prepare(config, calibration)
+        job = self._job(config, calibration)
         work = WorkFolder(target, job.key, options.resume)
-        for part in job.run(options, work):
+        recipe = work.recipe(job.recipe)
+        for part in job.run(recipe, self._surroundings(job, recipe, options, work)):
             options.report(part)
-        job.write(target, work.parts(job.source.linear_names()))
+        self._complete(job, recipe, work, target, options)
         work.remove()
         return target
 
-    def _prepare(self, config: QuantizeConfig, calibration: CalibrationConfig) -> _Job:
+    def _complete(
+        self, job: QuantizeJob, recipe: Recipe, work: WorkFolder, target: Path, options: RunOptions
+    ) -> None:
+        parts, norms = work.parts(job.source.linear_names()), Norms()
+        if job.config.tune_steps:
+            tuned, norms = job.tuned({p.name: p for p in parts}, options.report_tuning)
+            parts = iter(tuned.values())
+        job.write(target, parts, recipe, norms)
+
+    def _surroundings(
+        self, job: QuantizeJob, recipe: Recipe, options: RunOptions, work: WorkFolder
+    ) -> Surroundings:
+        config, shape = self.checkpoint.config, job.windows.shape
+        return Surroundings(
+            mapper=options.mapper,
+            store=work,
+            memory=plan_memory(config, (shape[0], shape[1]), recipe, options.max_memory),
+            spill=work.path / "spill",
+            release=self.checkpoint.store.release,
+        )
+
+    def _job(self, config: QuantizeConfig, calibration: CalibrationConfig) -> QuantizeJob:
         if self.checkpoint.quantization is not None:
             raise UnsupportedModel(
                 f"{self.checkpoint.folder} is quantized already; quantize the original"
             )
-        source = PlainSource(self.checkpoint)
-        shapes = {name: self.checkpoint.linear_shape(name) for name in source.linear_names()}
-        return _Job(
-            checkpoint=self.checkpoint,
-            source=source,
-            windows=calibration_windows(self._tokenizer, calibration),
-            recipe=make_recipe(config, shapes),
-            config=config,
-            text="the default text" if calibration.path is None else f"`{calibration.path.name}`",
-        )
+        text = "the default text" if calibration.path is None else f"`{calibration.path.name}`"
+        windows = calibration_windows(self._tokenizer, calibration)
+        return QuantizeJob(self.checkpoint, config, windows, text)
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Everything a run depends on."""
+class _Done:
+    """What `quantize` keeps for `save_pretrained`."""
 
-    checkpoint: Checkpoint
-    source: WeightSource
-    windows: Windows
+    job: QuantizeJob
     recipe: Recipe
-    config: QuantizeConfig
-    text: str
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What finished linears depend on."""
-        return {
-            "recipe": self.recipe.to_dict(),
-            "preprocess": self.config.preprocess,
-            "source": _revision(self.checkpoint),
-            "calibration": _hash_of_windows(self.windows),
-        }
-
-    def run(self, options: RunOptions, work: WorkFolder | None) -> Iterator[QuantizedPart]:
-        return quantize_model(self.source, self.windows, self.recipe, options.mapper, work)
-
-    def write(self, target: Path, parts: Iterator[QuantizedPart]) -> Path:
-        plan = FolderPlan(
-            recipe=self._sentence(),
-            meta=self._facts(),
-            transform=self.source.transform.to_dict(),
-            others=self.source.other_tensors(),
-        )
-        with CheckpointWriter(self.checkpoint, target, plan) as writer:
-            for part in parts:
-                writer.add(part)
-        return target
-
-    def _facts(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "recipe_hash": hash_of(self.key),
-            "calibration_hash": _hash_of_windows(self.windows),
-            "calibration_tokens": int(self.windows.size),
-            "method": self.config.method,
-            "preprocess": self.config.preprocess,
-            "alpha": recipe.alpha,
-            "dampings": list(recipe.dampings),
-            "seed": recipe.seed,
-        }
-
-    def _sentence(self) -> str:
-        num_windows, length = self.windows.shape
-        recipe = self.recipe
-        return (
-            f"{num_windows} windows of {length} tokens of {self.text}; inputs computed with the "
-            f"already quantized layers; correction towards full precision {recipe.alpha:g}; "
-            f"damping {', '.join(f'{damping:g}' for damping in recipe.dampings)}."
-        )
-
-
-def _hash_of_windows(windows: Windows) -> str:
-    return hash_of([list(windows.shape), hashlib.sha256(windows.tobytes()).hexdigest()])
-
-
-def _revision(checkpoint: Checkpoint) -> str:
-    """16 hexadecimal digits of the source's bytes."""
-    digest = hashlib.sha256()
-    for path in (checkpoint.folder / "config.json", *checkpoint.store.files):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    parts: dict[str, QuantizedPart]
+    norms: Norms
 
 
 def resolve_model(model: str | Path, cache: Path | None = None) -> Path:

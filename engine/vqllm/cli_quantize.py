@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,15 +13,18 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from vqllm.fetch import SOURCES
 
 if TYPE_CHECKING:
     from vqllm.quantization.parts import QuantizedPart
+    from vqllm.tuning.tune import TuningStep
 
 _output = Console()
 _messages = Console(stderr=True)
@@ -34,10 +39,14 @@ def quantize(
     ] = None,
     bpw: Annotated[
         float | None,
-        typer.Option(help="True bits per weight of the linears, overhead counted.", min=0.1),
+        typer.Option(help="True bits per weight of the linears, overhead counted."),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Weights per scale, a power of two.")] = 128,
-    preprocess: Annotated[str, typer.Option(help="none, quarot or smoothquant.")] = "none",
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per scale; default suits the method.")
+    ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="none, quarot or smoothquant; default suits the method.")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(help="Correction towards full-precision activations, 0 to 1.")
     ] = 0.5,
@@ -50,9 +59,15 @@ def quantize(
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 48,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 512,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
     tune_steps: Annotated[int, typer.Option(help="Steps of tuning afterwards.", min=0)] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = True,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Limit such as 3GB; slower ways are taken to keep it.")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run.")
+    ] = True,
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)] = 0,
     cache: Annotated[
         Path | None,
@@ -67,13 +82,16 @@ def quantize(
 
     from vqllm.api import AutoQuantizer, RunOptions
     from vqllm.calibration import CalibrationConfig
+    from vqllm.quantization.mappers import make_mapper
+    from vqllm.quantization.memory import parse_bytes, peak_bytes, reset_peak
     from vqllm.quantization.presets import QuantizeConfig
 
     if threads:
         torch.set_num_threads(threads)
+    reset_peak()
     config = QuantizeConfig(
         method=method,
-        bits=4 if bits is None and bpw is None else bits,
+        bits=bits,
         bpw=bpw,
         group_size=group_size,
         preprocess=preprocess,
@@ -83,29 +101,66 @@ def quantize(
         tune_steps=tune_steps,
     )
     text = CalibrationConfig(calibration, windows, window_length)
+    limit = None if max_memory is None else parse_bytes(max_memory)
     quantizer = AutoQuantizer.from_pretrained(model, cache)
-    with _progress() as progress:
-        task = progress.add_task("quantizing", total=quantizer.num_linears, last="")
-
-        def report(part: QuantizedPart) -> None:
-            name = part.name.removeprefix("model.layers.")
-            progress.update(task, advance=1, last=f"{name} error {part.relative_error:.5f}")
-
-        quantizer.quantize_to(output, config, text, RunOptions(resume=resume, report=report))
-    typer.echo(output)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-        console=_messages,
+    start = time.monotonic()
+    with make_mapper(executor) as mapper, _Display(quantizer.num_linears, tune_steps) as display:
+        options = RunOptions(resume, limit, mapper, display.report, display.report_tuning)
+        quantizer.quantize_to(output, config, text, options)
+    _messages.print(
+        f"{time.monotonic() - start:.0f} s, peak memory {peak_bytes() / 1e9:.2f} GB",
+        highlight=False,
     )
+    _print_info(output)
+
+
+def _print_info(folder: Path) -> None:
+    from vqllm.checkpoint import Checkpoint
+
+    facts = asdict(Checkpoint(folder).info())
+    table = Table(title=str(facts.pop("name")), show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    _output.print(table)
+
+
+class _Display:
+    """Bars for linears and tuning steps, with the error of the last linear and the time left."""
+
+    def __init__(self, num_linears: int, tune_steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[last]}"),
+            console=_messages,
+        )
+        self._linears = self._progress.add_task("quantizing", total=num_linears, last="")
+        self._tuning: TaskID | None = None
+        if tune_steps:
+            self._tuning = self._progress.add_task("tuning", total=tune_steps, last="")
+
+    def __enter__(self) -> _Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def report(self, part: QuantizedPart) -> None:
+        """Count a finished linear."""
+        name = part.name.removeprefix("model.layers.")
+        last = f"{name} error {part.relative_error:.5f}"
+        self._progress.update(self._linears, advance=1, last=last)
+
+    def report_tuning(self, step: TuningStep) -> None:
+        """Count a step of tuning."""
+        if self._tuning is not None:
+            last = f"KL {step.divergence:.4f}"
+            self._progress.update(self._tuning, completed=step.step, last=last)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ in memory. Knows names, dtypes and bytes, nothing of what a tensor means.
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,13 @@ class TensorStore:
         self._entries: dict[str, _Entry] = {}
         for path in self.files:
             self._entries.update(_read_header(path))
-        self._maps = {path: np.memmap(path, dtype=np.uint8, mode="r") for path in self.files}
+        self._mappings = {path: _mapped(path) for path in self.files}
+        self._maps = {path: np.frombuffer(m, np.uint8) for path, m in self._mappings.items()}
+
+    def release(self) -> None:
+        """Let go of the pages that were read; arrays from `raw` stay valid."""
+        for mapping in self._mappings.values():
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -186,6 +193,11 @@ def build_header(layout: dict[str, TensorLayout]) -> tuple[bytes, dict[str, int]
     content += b" " * (-len(content) % 8)
     header = len(content).to_bytes(8, "little") + content
     return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

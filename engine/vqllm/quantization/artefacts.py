@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from vqllm.errors import CorruptArtefact, DiskFull, ResumeMismatch
+from vqllm.errors import CorruptArtefact, DiskFull, InvalidConfig, ResumeMismatch
 from vqllm.quantization.methods import read_linear
 from vqllm.quantization.parts import QuantizedPart
+from vqllm.quantization.recipe import Recipe
 
-_KEY_FILE = "run.json"
-_REMEDY = "remove both files of this linear to quantize it again, or start over with --no-resume"
+_KEY_FILE, _RECIPE_FILE = "run.json", "recipe.json"
+_START_OVER = "start over with --no-resume"
+_REMEDY = f"remove both files of this linear to quantize it again, or {_START_OVER}"
 
 
 class WorkFolder:
@@ -53,6 +55,23 @@ class WorkFolder:
         with disk_errors(record):
             self.path.mkdir(parents=True, exist_ok=True)
             _write_json(record, key)
+
+    def recipe(self, make: Callable[[], Recipe]) -> Recipe:
+        """The recipe the run was started with, or a new one that is kept from now on.
+
+        Raises:
+            CorruptArtefact: recipe.json is damaged.
+        """
+        path = self.path / _RECIPE_FILE
+        if path.is_file():
+            try:
+                return Recipe.from_dict(_read_json(path))
+            except (InvalidConfig, AttributeError, TypeError, ValueError) as error:
+                raise CorruptArtefact(f"{path} is damaged ({error}); {_START_OVER}") from error
+        recipe = make()
+        with disk_errors(path):
+            _write_json(path, recipe.to_dict())
+        return recipe
 
     def save(self, part: QuantizedPart) -> None:
         """Keep a finished linear.

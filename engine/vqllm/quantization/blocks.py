@@ -7,6 +7,7 @@ goes on with the weights it finds then, so no architecture appears in the loop.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from vqllm.decoder.block import trace_block
 from vqllm.decoder.rope import RotaryTable
 from vqllm.decoder.trace import Trace
 from vqllm.decoder.weights import BlockWeights
+from vqllm.quantization.spill import SpilledTensors
 from vqllm.sources import WeightSource
 
 
@@ -26,9 +28,14 @@ class Block:
     rotary: RotaryTable
 
     @classmethod
-    def open(cls, source: WeightSource, layer: int, num_tokens: int) -> Block:
-        """Read block `layer` for windows of `num_tokens`."""
-        return cls(source, source.block(layer), RotaryTable.build(source.config, num_tokens))
+    def open(
+        cls, source: WeightSource, layer: int, num_tokens: int, spill: Path | None = None
+    ) -> Block:
+        """Read block `layer` for windows of `num_tokens`; its linears go to `spill` if given."""
+        weights = source.block(layer)
+        if spill is not None:
+            weights = replace(weights, linears=SpilledTensors(spill, weights.linears))
+        return cls(source, weights, RotaryTable.build(source.config, num_tokens))
 
     @property
     def linears(self) -> dict[str, Tensor]:
@@ -37,7 +44,14 @@ class Block:
 
     def fork(self) -> Block:
         """The same tensors behind a `linears` of its own."""
-        return replace(self, weights=replace(self.weights, linears=dict(self.linears)))
+        mine = self.linears
+        linears = mine.fork() if isinstance(mine, SpilledTensors) else dict(mine)
+        return replace(self, weights=replace(self.weights, linears=linears))
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linears by shared input, in the order of the trace."""
+        return self.source.config.linear_groups(self.weights.layer)
 
     def trace(self, hidden: Tensor) -> Trace:
         """Run on (b, t, d), returning (b, t, d); yields a Tap before each group is used."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from vqllm.quantization.base import MethodOptions, QuantizedLinear
 from vqllm.quantization.correction import corrected
 from vqllm.quantization.hessian import HessianFactor, factorize
-from vqllm.quantization.mapper import Mapper
+from vqllm.quantization.mappers import Mapper
 from vqllm.quantization.methods import method_of
 from vqllm.quantization.moments import MomentSums
 

@@ -79,6 +79,12 @@ class MomentSums:
                 reference = None if taps.reference is None else taps.reference[chosen]
                 sums.add(taps.inputs[chosen], reference)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows counted so far, held out or not."""
+        held_out = 0 if self.held_out is None else self.held_out.hessian.num_rows
+        return self.training.hessian.num_rows + held_out
+
     def merged(self) -> Moments:
         """Over all rows; held-out ones are not apart any more."""
         if self.held_out is not None:

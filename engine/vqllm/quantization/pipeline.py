@@ -9,7 +9,10 @@ no file format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -17,41 +20,68 @@ from vqllm.calibration import Windows
 from vqllm.errors import CalibrationError, UnsupportedModel
 from vqllm.quantization.blocks import Block, part_name
 from vqllm.quantization.layer import GroupQuantizer, LinearResult, LinearTask
-from vqllm.quantization.mapper import LocalMapper, Mapper
+from vqllm.quantization.mappers import LocalMapper, Mapper
+from vqllm.quantization.memory import MemoryPlan, trim_heap
 from vqllm.quantization.moments import MomentSums
 from vqllm.quantization.parts import PartStore, QuantizedPart
 from vqllm.quantization.recipe import Recipe
-from vqllm.quantization.walks import Group, Streams, Walk
+from vqllm.quantization.walks import Group, ReplayWalk, Streams, WaitingWalk
 from vqllm.sources import WeightSource
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run uses besides the model and the recipe; the result does not depend on it.
+
+    Attributes:
+        mapper: runs the linears of a group.
+        store: keeps finished linears; those that it has already are not quantized again.
+        memory: what stays in memory, and how much that may be.
+        spill: folder for what does not.
+        release: called when a block's weights have been read; lets mapped files go.
+    """
+
+    mapper: Mapper = field(default_factory=LocalMapper)
+    store: PartStore | None = None
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+    spill: Path | None = None
+    release: Callable[[], None] = lambda: None
+
+    @property
+    def spill_folder(self) -> Path | None:
+        """Where to put weights and states, None for memory."""
+        return self.spill if self.memory.is_lean else None
 
 
 def quantize_model(
     source: WeightSource,
     windows: Windows,
     recipe: Recipe,
-    mapper: Mapper | None = None,
-    store: PartStore | None = None,
+    surroundings: Surroundings | None = None,
 ) -> Iterator[QuantizedPart]:
     """Yield every decoder linear in execution order, quantized.
 
     Args:
         windows: calibration tokens (num_windows, window_length).
-        mapper: runs the linears of a group; by default this process does.
-        store: keeps finished linears; those that it has already are not quantized again.
 
     Raises:
         CorruptCheckpoint: a tensor is missing, misshapen or not finite; names it.
         CalibrationError: activations overflow or a hessian cannot be factored; names the layer.
         UnsupportedModel: the recipe names an unknown linear, or a weight cannot be expressed.
+        OverBudget: the memory limit was exceeded.
+        DiskFull, CorruptArtefact: from the store.
     """
     check_recipe(source, windows, recipe)
-    quantizer = GroupQuantizer(recipe.alpha, recipe.dampings, mapper or LocalMapper())
+    surroundings = surroundings or Surroundings()
     with torch.inference_mode():
-        streams = Streams.start(source.embed(torch.from_numpy(windows)), recipe.alpha > 0)
+        spill = surroundings.spill_folder
+        streams = Streams(source, windows, recipe.alpha > 0, spill)
         for layer in range(source.config.num_layers):
-            block = Block.open(source, layer, windows.shape[1])
-            run = _BlockRun(layer, block, recipe, quantizer, store)
-            yield from run.run(streams)
+            block = Block.open(source, layer, windows.shape[1], spill and spill / str(layer))
+            surroundings.release()
+            yield from _BlockRun(layer, block, recipe, surroundings).run(streams)
+            if spill is not None:
+                shutil.rmtree(spill / str(layer))
 
 
 def check_recipe(source: WeightSource, windows: Windows, recipe: Recipe) -> None:
@@ -75,50 +105,74 @@ class _BlockRun:
     """One block while it is being quantized: its linears turn quantized group by group."""
 
     def __init__(
-        self,
-        layer: int,
-        block: Block,
-        recipe: Recipe,
-        quantizer: GroupQuantizer,
-        store: PartStore | None,
+        self, layer: int, block: Block, recipe: Recipe, surroundings: Surroundings
     ) -> None:
-        self._layer, self._recipe, self._quantizer = layer, recipe, quantizer
-        self._block, self._original = block.fork(), block
-        self._store = store
+        self._layer, self._recipe, self._surroundings = layer, recipe, surroundings
+        self._original = block
+        self._block = block.fork() if recipe.alpha > 0 else block
+        self._quantizer = GroupQuantizer(recipe.alpha, recipe.dampings, surroundings.mapper)
 
     def run(self, streams: Streams) -> Iterator[QuantizedPart]:
         """Quantize the block; `streams` move on to its output."""
-        walk = Walk(self._block, self._original, streams)
-        while (group := walk.next_group()) is not None:
-            found = {part: self._load(part) for part in group.parts}
-            missing = [part for part, finished in found.items() if finished is None]
-            made = self._quantize(missing, group) if missing else {}
-            for part in group.parts:
-                finished = found[part] or self._keep(part, made[part])
-                self._block.linears[part] = torch.from_numpy(finished.linear.dequantize())
+        walk = ReplayWalk if self._surroundings.memory.is_lean else WaitingWalk
+        for group in walk(self._block, self._original, streams).groups():
+            for finished in self._finish(group):
+                self._block.linears[finished.name.split(".", 3)[3]] = torch.from_numpy(
+                    finished.linear.dequantize()
+                )
+                self._surroundings.memory.check(finished.name)
                 yield finished
+            trim_heap()
+
+    def _finish(self, group: Group) -> Iterator[QuantizedPart]:
+        found = {part: self._load(part) for part in group.parts}
+        missing = [part for part, finished in found.items() if finished is None]
+        made = self._quantize(missing, group) if missing else {}
+        for part in group.parts:
+            yield found[part] or self._keep(part, made.pop(part))
 
     def _load(self, part: str) -> QuantizedPart | None:
-        return None if self._store is None else self._store.load(part_name(self._layer, part))
+        store = self._surroundings.store
+        return None if store is None else store.load(part_name(self._layer, part))
 
     def _keep(self, part: str, result: LinearResult) -> QuantizedPart:
         name = part_name(self._layer, part)
         finished = QuantizedPart(name, result.linear, result.relative_error, result.damping)
-        if self._store is not None:
-            self._store.save(finished)
+        if self._surroundings.store is not None:
+            self._surroundings.store.save(finished)
         return finished
 
     def _quantize(self, parts: list[str], group: Group) -> dict[str, LinearResult]:
-        recipe = self._recipe
-        weights = {part: self._original.linears[part] for part in parts}
         tasks = {
-            part: LinearTask(weight, recipe.options_of(part_name(self._layer, part)))
-            for part, weight in weights.items()
+            part: LinearTask(
+                self._original.linears[part],
+                self._recipe.options_of(part_name(self._layer, part)),
+            )
+            for part in parts
         }
-        sums = MomentSums(weights, group.num_windows, recipe.alpha > 0, len(recipe.dampings) > 1)
-        for taps in group:
-            sums.add(taps)
         try:
-            return self._quantizer.run(tasks, sums)
+            return self._quantizer.run(tasks, self._count(tasks, group))
         except (CalibrationError, UnsupportedModel) as error:
             raise type(error)(f"{part_name(self._layer, parts[0])}: {error}") from error
+
+    def _count(self, tasks: dict[str, LinearTask], group: Group) -> MomentSums:
+        """Moments over every batch.
+
+        Routed experts that see fewer tokens than they have inputs are calibrated on all tokens.
+        """
+        sums, is_routed = self._empty_sums(tasks, group), False
+        for taps in group.taps():
+            sums.add(taps)
+            is_routed = is_routed or taps.every_token is not None
+        num_columns = next(iter(tasks.values())).weight.shape[1]
+        if not is_routed or sums.num_rows >= num_columns:
+            return sums
+        sums = self._empty_sums(tasks, group)
+        for taps in group.taps():
+            sums.add(taps.with_every_token())
+        return sums
+
+    def _empty_sums(self, tasks: dict[str, LinearTask], group: Group) -> MomentSums:
+        weights = {part: task.weight for part, task in tasks.items()}
+        recipe = self._recipe
+        return MomentSums(weights, group.num_windows, recipe.alpha > 0, len(recipe.dampings) > 1)

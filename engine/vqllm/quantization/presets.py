@@ -1,4 +1,4 @@
-"""From what a person asks for (a method, bits, a budget) to a recipe.
+"""From what a person asks for (a method, bits, a budget) to options and a recipe.
 
 Knows the methods' options and the shapes of a model, no weights.
 """
@@ -6,17 +6,26 @@ Knows the methods' options and the shapes of a model, no weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from vqllm.errors import InvalidConfig
+from vqllm.quantization.allocation import Candidate, allocate
 from vqllm.quantization.base import GroupedSpec, MethodOptions
 from vqllm.quantization.gptq import GptqOptions
 from vqllm.quantization.methods import method_of
 from vqllm.quantization.recipe import DEFAULT_DAMPINGS, Recipe
+from vqllm.quantization.rtn import RtnOptions
+from vqllm.quantization.tcq import TcqOptions
+from vqllm.quantization.vptq import VptqOptions
 
 PREPROCESSING = ("none", "quarot", "smoothquant")
 
 Shapes = Mapping[str, tuple[int, int]]
+
+# Mean squared error per weight of a unit Gaussian, by bits; of scalars with the best clipping.
+_SCALAR = {2: 0.119, 3: 0.0345, 4: 0.0095, 5: 0.0025, 6: 0.00065, 8: 0.00005}
+_TRELLIS = {1: 0.29, 2: 0.0690, 3: 0.0180, 4: 0.0049, 5: 0.0014}
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class QuantizeConfig:
         bits: nominal width of a code; None with `bpw`.
         bpw: true bits per weight of all linears together, overhead counted; the width and sizes of
             every linear are chosen so that the total meets it.
-        group_size: input columns that share a scale.
-        preprocess: one of PREPROCESSING.
+        group_size: input columns that share a scale; None leaves it to the method.
+        preprocess: one of PREPROCESSING; None is what suits the method.
         alpha: strength of the correction towards the full-precision activations.
         dampings: parts of the mean hessian diagonal to choose from.
         seed: of everything random.
@@ -40,10 +49,10 @@ class QuantizeConfig:
     """
 
     method: str = "gptq"
-    bits: int | None = 4
+    bits: int | None = None
     bpw: float | None = None
-    group_size: int = 128
-    preprocess: str = "none"
+    group_size: int | None = None
+    preprocess: str | None = None
     alpha: float = 0.5
     dampings: tuple[float, ...] = DEFAULT_DAMPINGS
     seed: int = 0
@@ -51,29 +60,108 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         method_of(self.method)
-        if self.preprocess not in PREPROCESSING:
+        if self.preprocess not in (None, *PREPROCESSING):
             raise InvalidConfig("preprocess", self.preprocess, f"one of {PREPROCESSING}")
-        if (self.bits is None) == (self.bpw is None):
-            raise InvalidConfig("bits", self.bits, "given, or else bpw, and not both")
+        if self.bits is not None and self.bpw is not None:
+            raise InvalidConfig("bits", self.bits, "absent where bpw is given, which chooses them")
+        if self.bpw is not None and not 0 < self.bpw <= 16:
+            raise InvalidConfig("bpw", self.bpw, "a number in (0, 16]")
         if self.tune_steps < 0:
             raise InvalidConfig("tune_steps", self.tune_steps, "0 or more")
         if self.bpw is None:
-            self.options()
+            Recipe(self.options(), alpha=self.alpha, dampings=self.dampings)
 
-    def options(self) -> MethodOptions:
-        """Options of every linear without a bit budget."""
-        return GptqOptions(GroupedSpec(self.bits or 4, self.group_size))
+    @property
+    def preprocessing(self) -> str:
+        """What is done to the model first: the trellis wants Gaussian weights."""
+        if self.preprocess is not None:
+            return self.preprocess
+        return "quarot" if self.method == "tcq" else "none"
+
+    def options(self, bits: int | None = None) -> MethodOptions:
+        """Options of a linear at a width; by default the one that was asked for."""
+        return _options(self, bits or self.bits or 4)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON."""
+        return {**asdict(self), "dampings": list(self.dampings)}
 
 
-def make_recipe(config: QuantizeConfig, shapes: Shapes) -> Recipe:
+def _options(config: QuantizeConfig, bits: int) -> MethodOptions:
+    group_size = config.group_size
+    match config.method:
+        case "gptq":
+            return GptqOptions(GroupedSpec(bits, group_size or 128), symmetric=bits >= 4)
+        case "rtn":
+            return RtnOptions(GroupedSpec(bits, group_size or 128), symmetric=bits >= 4)
+        case "tcq":
+            return TcqOptions(bits, group_size=group_size or 0)
+        case _:
+            return _vptq_options(bits, config.seed)
+
+
+def _vptq_options(bits: int, seed: int) -> VptqOptions:
+    """Vectors of 4 with 2 bits per weight in the main codebook, the rest in the residual one."""
+    if not 1 <= bits <= 4:
+        raise InvalidConfig("bits", bits, "1 to 4 for vptq")
+    residual = 2 ** (4 * (bits - 2)) if bits > 2 else 0
+    return VptqOptions(4, 2 ** (4 * min(bits, 2)), residual, seed=seed)
+
+
+def make_recipe(
+    config: QuantizeConfig, shapes: Shapes, sensitivities: Mapping[str, float] | None = None
+) -> Recipe:
     """The recipe for linears of the given (out, in) shapes.
 
+    Args:
+        sensitivities: loss per unit of distortion by linear; needed with a bit budget.
+
     Raises:
-        InvalidConfig, OverBudget: the bit budget cannot be met.
+        OverBudget: the bit budget cannot be met.
+        InvalidConfig: there is a bit budget and no sensitivity.
     """
-    return Recipe(
-        default=config.options(),
+    recipe = Recipe(
+        default=config.options(4 if config.bpw else None),
         alpha=config.alpha,
         dampings=config.dampings,
         seed=config.seed,
     )
+    if config.bpw is None:
+        return recipe
+    if sensitivities is None:
+        raise InvalidConfig("sensitivities", None, "measured, for a bit budget")
+    chosen = allocate(
+        shapes, sensitivities, lambda name: candidates(config, shapes[name]), config.bpw
+    )
+    return replace(recipe, overrides=chosen)
+
+
+def candidates(config: QuantizeConfig, shape: tuple[int, int]) -> list[Candidate]:
+    """The ways to quantize a linear (out, in) that a bit budget chooses from."""
+    if config.method == "vptq":
+        return [
+            Candidate(options, options.bits_of(*shape), _vptq_distortion(options))
+            for options in _vptq_choices(config.seed)
+        ]
+    distortions = _TRELLIS if config.method == "tcq" else _SCALAR
+    found = []
+    for bits, distortion in distortions.items():
+        options = config.options(bits)
+        found.append(Candidate(options, options.bits_of(*shape), distortion))
+    return found
+
+
+def _vptq_choices(seed: int) -> list[VptqOptions]:
+    return [
+        VptqOptions(4, main, residual, seed=seed)
+        for main in (16, 64, 256)
+        for residual in (0, 16, 64, 256)
+        if residual == 0 or main == 256
+    ]
+
+
+def _vptq_distortion(options: VptqOptions) -> float:
+    """Of trained codebooks on a Gaussian: 0.6 bits' worth short of 4^-bits at most rates."""
+    entries = options.num_centroids * max(options.num_res_centroids, 1)
+    bits = (entries.bit_length() - 1) / options.vector_length
+    return 1.6 * float(4.0**-bits)

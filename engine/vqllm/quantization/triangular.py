@@ -6,6 +6,8 @@ block by block in place, at the speed of matrix products. Knows matrices only.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def cholesky_(matrix: Tensor, block: int) -> bool:
 
 
 def invert_lower_(matrix: Tensor, block: int) -> None:
-    """Replace the lower block triangle L of a (n, n) matrix, as `cholesky_` leaves it, by inverse(L).
+    """Replace the lower block triangle L that `cholesky_` leaves by its inverse.
 
     Blocks above the diagonal are not touched.
     """
@@ -52,13 +54,13 @@ def invert_lower_(matrix: Tensor, block: int) -> None:
 
 
 def permute_(matrix: Tensor, order: Tensor, chunk: int = 512) -> None:
-    """Replace a square matrix A by A[order][:, order] with one row of extra memory (and a chunk)."""
+    """Replace a square matrix A by A[order][:, order], a few rows at a time."""
     for start in range(0, len(matrix), chunk):
         rows = matrix[start : start + chunk]
         rows.copy_(rows[:, order])
     for cycle in _cycles(order.tolist()):
         first = matrix[cycle[0]].clone()
-        for target, source in zip(cycle, cycle[1:], strict=False):
+        for target, source in pairwise(cycle):
             matrix[target] = matrix[source]
         matrix[cycle[-1]] = first
 

@@ -1,44 +1,85 @@
 """Walks two streams of activations through a block, from one group of linears to the next.
 
 The quantized stream reads the linears that are finished, the full-precision one the originals.
-Knows blocks by their protocol alone, no method.
+Knows blocks by their trace alone, no method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vqllm.decoder.trace import Tap, Trace
+from vqllm.decoder.trace import Tap, Trace, finish
 from vqllm.quantization.blocks import Block
+from vqllm.quantization.spill import SpilledTensor
+from vqllm.sources import WeightSource
 
-BATCH_WINDOWS = 4
+BATCH_TOKENS = 2048
 
 
-@dataclass
+def windows_per_batch(num_tokens: int) -> int:
+    """Windows of `num_tokens` that go through a block together."""
+    return max(1, BATCH_TOKENS // num_tokens)
+
+
 class Streams:
-    """Hidden states between two blocks.
+    """Hidden states between two blocks, and how many windows move together.
 
     Attributes:
         hidden: (windows, t, d) float32 behind the quantized prefix.
         reference: the same behind the original prefix, or None where nothing corrects towards it.
     """
 
-    hidden: Tensor
-    reference: Tensor | None
+    def __init__(
+        self,
+        source: WeightSource,
+        windows: NDArray[Any],
+        with_reference: bool,
+        spill: Path | None = None,
+    ) -> None:
+        """Both streams at the first block's input, in files in the folder `spill` if given."""
+        self._shape: tuple[int, ...] = (*windows.shape, source.config.hidden_size)
+        self._spilled: list[SpilledTensor] = []
+        self.hidden = self._empty("hidden", spill)
+        self.reference = self._empty("reference", spill) if with_reference else None
+        for rows in self.batches:
+            self.hidden[rows] = source.embed(torch.from_numpy(windows[rows]))
+            if self.reference is not None:
+                self.reference[rows] = self.hidden[rows]
+            self.release()
 
-    @classmethod
-    def start(cls, embedded: Tensor, with_reference: bool) -> Streams:
-        """Both streams at the first block's input."""
-        return cls(embedded, embedded.clone() if with_reference else None)
+    @property
+    def num_windows(self) -> int:
+        return self._shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of a window."""
+        return self._shape[1]
 
     @property
     def batches(self) -> list[slice]:
-        num_windows = self.hidden.shape[0]
-        return [slice(i, i + BATCH_WINDOWS) for i in range(0, num_windows, BATCH_WINDOWS)]
+        step = windows_per_batch(self.num_tokens)
+        return [slice(i, min(i + step, self.num_windows)) for i in range(0, self.num_windows, step)]
+
+    def release(self) -> None:
+        """Let spilled pages go."""
+        for spilled in self._spilled:
+            spilled.release()
+
+    def _empty(self, name: str, spill: Path | None) -> Tensor:
+        if spill is None:
+            return torch.empty(self._shape)
+        self._spilled.append(SpilledTensor(spill / f"{name}.f32", self._shape))
+        return self._spilled[-1].tensor
 
 
 @dataclass(frozen=True)
@@ -46,42 +87,26 @@ class TapPair:
     """One batch's input of a group of linears, in both streams.
 
     Attributes:
-        parts: the linears.
         inputs: (n, in) float32 of the quantized stream.
         reference: (n, in) of the same tokens in full precision, or None. A token that only the
             quantized stream sends to these linears stands with its quantized input.
         window: (n,) int64, the window each row comes from.
+        all_windows: the same for every token of the batch.
+        every_token: as in `Tap`.
     """
 
-    parts: tuple[str, ...]
     inputs: Tensor
     reference: Tensor | None
     window: Tensor
+    all_windows: Tensor
+    every_token: Callable[[], Tensor] | None = None
 
-
-class Walk:
-    """All batches of a block side by side, stopped at the same group.
-
-    What a batch needs further on waits in its suspended trace, so nothing is computed twice.
-    """
-
-    def __init__(self, block: Block, original: Block, streams: Streams) -> None:
-        """`original` keeps its weights while those of `block` are replaced."""
-        self._streams = streams
-        self._pairs = [
-            _Pair(
-                rows,
-                block.trace(streams.hidden[rows]),
-                None if streams.reference is None else original.trace(streams.reference[rows]),
-            )
-            for rows in streams.batches
-        ]
-
-    def next_group(self) -> Group | None:
-        """The next group, or None when `streams` hold the block's output."""
-        taps = [pair.advance(self._streams) for pair in self._pairs]
-        found = [tap for tap in taps if tap is not None]
-        return Group(found, self._streams.hidden.shape[0]) if found else None
+    def with_every_token(self) -> TapPair:
+        """The batch as if all its tokens had been routed here; without a reference."""
+        if self.every_token is None:
+            return self
+        inputs = self.every_token().flatten(0, -2)
+        return TapPair(inputs, None, self.all_windows, self.all_windows)
 
 
 @dataclass(frozen=True)
@@ -89,50 +114,97 @@ class Group:
     """Linears that share their input, and that input for every batch.
 
     Attributes:
+        parts: the linears.
+        taps: makes an iterator over the batches; may be called again.
         num_windows: of all batches together.
     """
 
-    taps: list[TapPair]
+    parts: tuple[str, ...]
+    taps: Callable[[], Iterator[TapPair]]
     num_windows: int
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.taps[0].parts
 
-    def __iter__(self) -> Iterator[TapPair]:
-        return iter(self.taps)
+class Walk(ABC):
+    """The way of all batches through one block."""
+
+    def __init__(self, block: Block, original: Block, streams: Streams) -> None:
+        """`original` keeps its weights while those of `block` are replaced."""
+        self._block, self._original, self._streams = block, original, streams
+
+    @abstractmethod
+    def groups(self) -> Iterator[Group]:
+        """The groups in order; after the last one `streams` hold the block's output."""
+
+
+class WaitingWalk(Walk):
+    """All batches side by side: what each needs further on waits in its suspended trace."""
+
+    def groups(self) -> Iterator[Group]:
+        streams = self._streams
+        pairs = [_Pair(self._block, self._original, streams, rows) for rows in streams.batches]
+        for parts in self._block.groups:
+            taps = [pair.advance() for pair in pairs]
+            yield Group(parts, partial(iter, taps), streams.num_windows)
+            del taps
+        for pair in pairs:
+            pair.finish()
+
+
+class ReplayWalk(Walk):
+    """One batch at a time, from the block's input to each group anew: least memory."""
+
+    def groups(self) -> Iterator[Group]:
+        for index, parts in enumerate(self._block.groups):
+            yield Group(parts, partial(self._taps, index), self._streams.num_windows)
+        for rows in self._streams.batches:
+            _Pair(self._block, self._original, self._streams, rows).finish()
+            self._streams.release()
+
+    def _taps(self, index: int) -> Iterator[TapPair]:
+        for rows in self._streams.batches:
+            pair = _Pair(self._block, self._original, self._streams, rows)
+            for _ in range(index):
+                pair.skip()
+            yield pair.advance()
+            self._streams.release()
 
 
 class _Pair:
     """The traces of one batch in both streams."""
 
-    def __init__(self, rows: slice, trace: Trace, reference: Trace | None) -> None:
-        self._rows, self._trace, self._reference = rows, trace, reference
+    def __init__(self, block: Block, original: Block, streams: Streams, rows: slice) -> None:
+        self._streams, self._rows = streams, rows
+        self._trace = block.trace(streams.hidden[rows])
+        self._reference: Trace | None = None
+        if streams.reference is not None:
+            self._reference = original.trace(streams.reference[rows])
 
-    def advance(self, streams: Streams) -> TapPair | None:
-        """The next tap; or None after writing the block's output to the streams."""
-        tap = _advance(self._trace, streams.hidden, self._rows)
-        reference = None
-        if self._reference is not None and streams.reference is not None:
-            reference = _advance(self._reference, streams.reference, self._rows)
-        if tap is None:
-            return None
-        return _paired(tap, reference, self._rows.start, streams.hidden.shape[1])
+    def advance(self) -> TapPair:
+        """The next tap."""
+        tap = next(self._trace)
+        reference = None if self._reference is None else next(self._reference)
+        windows = torch.arange(self._rows.start, self._rows.stop)
+        return _paired(tap, reference, windows.repeat_interleave(self._streams.num_tokens))
+
+    def skip(self) -> None:
+        """Pass over the next tap."""
+        next(self._trace)
+        if self._reference is not None:
+            next(self._reference)
+
+    def finish(self) -> None:
+        """Run to the end of the block and write its output to the streams."""
+        self._streams.hidden[self._rows] = finish(self._trace)
+        if self._reference is not None and self._streams.reference is not None:
+            self._streams.reference[self._rows] = finish(self._reference)
 
 
-def _advance(trace: Trace, states: Tensor, rows: slice) -> Tap | None:
-    try:
-        return next(trace)
-    except StopIteration as stop:
-        states[rows] = stop.value
-        return None
-
-
-def _paired(tap: Tap, reference: Tap | None, first_window: int, num_tokens: int) -> TapPair:
+def _paired(tap: Tap, reference: Tap | None, windows: Tensor) -> TapPair:
+    """`windows` (tokens,) is the window of every token of the batch."""
     inputs = tap.inputs.flatten(0, -2)
-    rows = torch.arange(inputs.shape[0]) if tap.rows is None else tap.rows
+    rows = torch.arange(len(windows)) if tap.rows is None else tap.rows
     matched = None if reference is None else _matched(inputs, rows, reference)
-    return TapPair(tap.parts, inputs, matched, first_window + rows // num_tokens)
+    return TapPair(inputs, matched, windows[rows], windows, tap.every_token)
 
 
 def _matched(inputs: Tensor, rows: Tensor, reference: Tap) -> Tensor:
@@ -140,8 +212,7 @@ def _matched(inputs: Tensor, rows: Tensor, reference: Tap) -> Tensor:
     values = reference.inputs.flatten(0, -2)
     if reference.rows is None:
         return values if len(rows) == len(values) else values[rows]
-    matches = rows[:, None] == reference.rows
+    mine, theirs = (rows[:, None] == reference.rows).nonzero(as_tuple=True)
     result = inputs.clone()
-    mine, theirs = matches.nonzero(as_tuple=True)
     result[mine] = values[theirs]
     return result

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
+
+from vqllm.errors import InvalidConfig
+
+EXECUTORS = ("local", "ray")
 
 Shared = TypeVar("Shared")
 Job = TypeVar("Job")
@@ -27,3 +32,25 @@ class LocalMapper:
         self, function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]
     ) -> list[Result]:
         return [function(shared, job) for job in jobs]
+
+
+@contextmanager
+def make_mapper(executor: str, address: str | None = None) -> Iterator[Mapper]:
+    """The mapper of an executor's name; leaves a cluster when the block ends.
+
+    Args:
+        address: of a Ray cluster; None starts one on this machine.
+
+    Raises:
+        InvalidConfig: no such executor.
+        ExecutorUnavailable: Ray is not installed.
+    """
+    if executor not in EXECUTORS:
+        raise InvalidConfig("executor", executor, f"one of {', '.join(EXECUTORS)}")
+    if executor == "local":
+        yield LocalMapper()
+        return
+    from vqllm.quantization.ray_executor import ray_mapper
+
+    with ray_mapper(address) as mapper:
+        yield mapper
