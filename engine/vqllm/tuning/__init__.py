@@ -1,0 +1,1 @@
+"""Tuning of scales, codebooks and norms after quantization, by distillation; codes stay."""

@@ -1,0 +1,267 @@
+"""Distillation of a quantized model from its original: AdamW over scales, codebooks and norms.
+
+Codes, permutations and the embedding stay. The first windows of the text are kept back: tuned
+parameters, rounded to the stored precision, are taken only if they bring the student closer to the
+teacher there, so that tuning never makes a model worse by that measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqllm.calibration import Windows
+from vqllm.decoder.block import forward_block
+from vqllm.decoder.rope import RotaryTable
+from vqllm.errors import CalibrationError, InvalidConfig
+from vqllm.output_head import OutputHead
+from vqllm.quantization.base import QuantizedLinear
+from vqllm.sources import WeightSource
+from vqllm.tuning.loss import divergence
+from vqllm.tuning.student import Linears, Student, check_tunable
+
+Norms = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How to tune.
+
+    Attributes:
+        steps: of the optimizer; 0 changes nothing.
+        batch_windows: windows per step.
+        micro_windows: windows that are in memory at a time.
+        learning_rate: of the relative change of a parameter.
+        warmup: part of the steps over which the rate rises; then it falls along a cosine.
+        bound: largest relative change of a parameter.
+        max_norm: gradients longer than this are shortened.
+        validation_windows: kept back to judge by.
+        recompute: compute a block's activations again instead of keeping them.
+        dtype: of the products with weights.
+        device: where to run.
+        seed: of the order of the windows.
+
+    Raises:
+        InvalidConfig: a value is outside its range.
+    """
+
+    steps: int = 100
+    batch_windows: int = 4
+    micro_windows: int = 1
+    learning_rate: float = 3e-3
+    warmup: float = 0.1
+    bound: float = 0.5
+    max_norm: float = 1.0
+    validation_windows: int = 8
+    recompute: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("batch_windows", "micro_windows", "validation_windows"):
+            if getattr(self, field) < 1:
+                raise InvalidConfig(field, getattr(self, field), "at least 1")
+        if self.steps < 0:
+            raise InvalidConfig("steps", self.steps, "0 or more")
+        for field in ("learning_rate", "bound", "max_norm"):
+            if not getattr(self, field) > 0:
+                raise InvalidConfig(field, getattr(self, field), "a positive number")
+        if not 0 <= self.warmup < 1:
+            raise InvalidConfig("warmup", self.warmup, "a number in [0, 1)")
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step, counted from 0."""
+        rising = self.warmup * self.steps
+        if step < rising:
+            return self.learning_rate * (step + 1) / (rising + 1)
+        part = (step - rising) / max(self.steps - rising, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * part))
+
+
+@dataclass(frozen=True)
+class TuningStep:
+    """Progress: which step is done, and its KL (nats per token) on the windows it used."""
+
+    step: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What tuning made.
+
+    Attributes:
+        linears: by full name; the given ones where tuning did not help.
+        norms: (d,) float32 by name in the file; empty where tuning did not help.
+        before, after: KL (nats per token) on the windows kept back, of the given model and of
+            `linears` with `norms`.
+        accepted: whether tuned parameters were taken.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    norms: Norms
+    before: float
+    after: float
+    accepted: bool
+
+
+Report = Callable[[TuningStep], None]
+
+
+def _ignore(step: TuningStep) -> None:
+    """The report of callers who want none."""
+
+
+def tune(
+    source: WeightSource,
+    linears: Linears,
+    windows: Windows,
+    config: TuningConfig,
+    report: Report = _ignore,
+) -> TuningResult:
+    """Bring the model with the quantized `linears` closer to `source`.
+
+    Args:
+        source: the model in full precision, transformed as it was for quantization.
+        linears: by full name; those left out stay in full precision.
+        windows: tokens (num_windows, window_length), none of them used for a test.
+
+    Raises:
+        CalibrationError: there are too few windows.
+        UnsupportedModel: a linear is none of the model's or of a method that cannot be tuned.
+    """
+    check_tunable(linears, source)
+    _check_windows(windows, config)
+    order = _order(len(windows) - config.validation_windows, config) + config.validation_windows
+    chosen = np.concatenate([np.arange(config.validation_windows), np.unique(order)])
+    head = OutputHead.of(source, config.dtype, config.device)
+    targets = _Targets(source, head, windows, chosen)
+    student = Student(source, linears, head, config.recompute)
+    run = _Run(student, head, targets, config)
+    before = run.validate()
+    for step in range(config.steps):
+        rows = order[step * config.batch_windows : (step + 1) * config.batch_windows]
+        report(TuningStep(step + 1, run.step(step, rows)))
+    tuned, norms = student.tuned_linears(), student.tuned_norms()
+    after = run.validate_reloaded(source, tuned, norms)
+    if not after < before:
+        return TuningResult(dict(linears), {}, before, before, accepted=False)
+    return TuningResult(tuned, norms, before, after, accepted=True)
+
+
+def _check_windows(windows: Windows, config: TuningConfig) -> None:
+    if len(windows) <= config.validation_windows:
+        raise CalibrationError(
+            f"tuning keeps {config.validation_windows} windows back to judge by and got "
+            f"{len(windows)} in all; use a longer text or shorter windows"
+        )
+
+
+def _order(num_windows: int, config: TuningConfig) -> NDArray[np.int64]:
+    """Windows in the order of use, every one once before any twice."""
+    rng = np.random.default_rng(config.seed)
+    needed = config.steps * config.batch_windows
+    epochs = [rng.permutation(num_windows) for _ in range(-(-needed // num_windows))]
+    return np.concatenate([np.empty(0, np.int64), *epochs])[:needed].astype(np.int64)
+
+
+class _Targets:
+    """What the teacher's output projection reads, computed once, block by block."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        head: OutputHead,
+        windows: Windows,
+        chosen: NDArray[np.int64],
+    ) -> None:
+        """`chosen` are the indices of the windows that will be asked for."""
+        self._place = {int(index): place for place, index in enumerate(chosen)}
+        self._tokens = torch.from_numpy(windows[chosen])
+        device, dtype = head.table.device, head.table.dtype
+        rotary = RotaryTable.build(source.config, windows.shape[1], device)
+        with torch.no_grad():
+            self._normed = source.embed(self._tokens).clone()
+            for layer in range(source.config.num_layers):
+                weights = source.block(layer)
+                weights.to(device, dtype)
+                for row in torch.split(self._normed, 2):
+                    row.copy_(forward_block(row.to(device), weights, source.config, rotary))
+            for row in torch.split(self._normed, 2):
+                row.copy_(head.normed(row.to(device)))
+
+    def tokens(self, index: int) -> Tensor:
+        """Tokens (t,) of a window."""
+        return self._tokens[self._place[index]]
+
+    def normed(self, index: int) -> Tensor:
+        """(t, d) float32."""
+        return self._normed[self._place[index]]
+
+
+class _Run:
+    """A student on its way."""
+
+    def __init__(
+        self, student: Student, head: OutputHead, targets: _Targets, config: TuningConfig
+    ) -> None:
+        self._student, self._head, self._targets = student, head, targets
+        self._config = config
+        self._changes = [tunable.change for tunable in student.tunables]
+        self._optimizer = torch.optim.AdamW(
+            self._changes, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def step(self, step: int, rows: NDArray[np.int64]) -> float:
+        """One step on the given windows; returns their KL per token before it."""
+        self._optimizer.zero_grad()
+        self._student.begin()
+        total = 0.0
+        for start in range(0, len(rows), self._config.micro_windows):
+            part = rows[start : start + self._config.micro_windows]
+            loss = self._divergence(self._student, part) * (len(part) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        self._student.finish()
+        torch.nn.utils.clip_grad_norm_(self._changes, self._config.max_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.rate(step)
+        self._optimizer.step()
+        with torch.no_grad():
+            for change in self._changes:
+                change.clamp_(-self._config.bound, self._config.bound)
+        return total
+
+    def _divergence(self, student: Student, rows: NDArray[np.int64]) -> Tensor:
+        """Mean KL per token of some windows."""
+        tokens = torch.stack([self._targets.tokens(int(row)) for row in rows])
+        teacher = torch.cat([self._targets.normed(int(row)) for row in rows])
+        with torch.autocast(self._head.table.device.type, self._config.dtype):
+            hidden = student.hidden(tokens).flatten(0, 1)
+        teacher = teacher.to(hidden.device)
+        return divergence(self._head, teacher, hidden, student.final_norm) / len(hidden)
+
+    def validate(self, student: Student | None = None) -> float:
+        """KL per token on the windows kept back."""
+        student = student or self._student
+        student.begin()
+        with torch.no_grad():
+            rows = np.arange(self._config.validation_windows)
+            parts = np.split(rows, range(1, len(rows)))
+            return sum(float(self._divergence(student, part)) for part in parts) / len(rows)
+
+    def validate_reloaded(
+        self, source: WeightSource, linears: dict[str, QuantizedLinear], norms: Norms
+    ) -> float:
+        """KL per token of a student made anew from what would be stored."""
+        student = Student(source, linears, self._head, recompute=False)
+        for name, norm in student.norms.items():
+            norm.start_at(norms[name])
+        return self.validate(student)
