@@ -114,11 +114,11 @@ class FolderSource:
     def other_tensors(self) -> Tensors:
         """What lies in the folder besides the linears; extra prediction layers are left out."""
         store, num_layers = self.checkpoint.store, self.config.num_layers
-        linears = tuple(f"{name}." for name in self.linear_names())
+        linears = set(self.linear_names())
         return {
             name: store.raw(name)
             for name in store.names
-            if (not name.startswith(linears) or name.endswith(".bias"))
+            if (name.rpartition(".")[0] not in linears or name.endswith(".bias"))
             and layer_of(name) < num_layers
         }
 

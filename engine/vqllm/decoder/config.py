@@ -175,9 +175,11 @@ class DecoderConfig:
         ]
 
     def linear_shape(self, name: str) -> tuple[int, int]:
-        """(out, in) of a linear by its full name; KeyError for another name."""
-        _, _, layer, part = name.split(".", 3)
-        return self.linear_shapes(int(layer))[part]
+        """(out, in) of a linear by its full name; KeyError for what cannot be one."""
+        parts = name.split(".", 3)
+        if parts[:2] != ["model", "layers"] or len(parts) < 4:
+            raise KeyError(name)
+        return self._shape(parts[3])
 
     def bias_parts(self, layer: int) -> tuple[str, ...]:
         """Linears of one block that have a bias."""
@@ -248,6 +250,8 @@ class DecoderConfig:
         if part.startswith("self_attn."):
             shapes = self._llama_shapes() if self.mla is None else self._mla_shapes(self.mla)
             return shapes[part.removeprefix("self_attn.")]
+        if not part.endswith(("gate_proj", "up_proj", "down_proj")):
+            raise KeyError(part)
         inner = self._inner_size(part)
         return (
             (self.hidden_size, inner) if part.endswith("down_proj") else (inner, self.hidden_size)

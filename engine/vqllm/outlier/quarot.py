@@ -35,7 +35,7 @@ from vqllm.sources import Tensors, WeightSource, as_float32, layer_of
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-_CHUNK = 8192
+_CHUNK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Span:
 
 
 class BlockRotation:
-    """How every tensor of one block changes; tensors are float64 inside, float32 outside."""
+    """How every tensor of one block changes; products are float64, results float32."""
 
     def __init__(
         self, config: DecoderConfig, seeds: ModelTransform, norms: dict[str, Tensor]
@@ -94,16 +94,23 @@ class BlockRotation:
         self._config, self._seeds, self._norms = config, seeds, norms
 
     def weight(self, part: str, weight: Tensor) -> Tensor:
-        """A linear's weight (out, in)."""
-        rows = weight.double()
-        norm = norm_before(part)
-        if norm is not None:
-            rows = rows * self._norms[norm].double()
-        for span in self._input_spans(part, weight.shape[1]):
-            rows = span.apply(rows)
-        for span in self._output_spans(part):
-            rows = span.apply(rows.T).T
-        return rows.float().contiguous()
+        """A linear's weight (out, in), or the router's."""
+        norm_name = norm_before(part)
+        norm = None if norm_name is None else self._norms[norm_name].double()
+        turned = torch.empty(weight.shape)
+        for rows in _chunks(weight):
+            values = weight[rows].double()
+            values = values if norm is None else values * norm
+            for span in self._input_spans(part, weight.shape[1]):
+                values = span.apply(values)
+            turned[rows] = values.float()
+        spans = tuple(self._output_spans(part))
+        for columns in _chunks(turned.T) if spans else ():
+            values = turned.T[columns].double()
+            for span in spans:
+                values = span.apply(values)
+            turned.T[columns] = values.float()
+        return turned
 
     def bias(self, part: str, bias: Tensor) -> Tensor:
         """A linear's bias (out,)."""
@@ -263,7 +270,13 @@ class RotatedSource:
             raise ValueError("there is no R1 to bake in")
         dtype = np.float16 if table.dtype.itemsize == 2 else np.float32
         baked = np.empty(table.shape, dtype)
-        for start in range(0, len(table), _CHUNK):
-            rows = as_float32(table[start : start + _CHUNK]).double() * scale
-            baked[start : start + _CHUNK] = self._residual.apply(rows).numpy()
+        for rows in _chunks(table):
+            values = as_float32(table[rows]).double() * scale
+            baked[rows] = self._residual.apply(values).numpy()
         return baked
+
+
+def _chunks(matrix: Any) -> list[slice]:
+    """Rows of a matrix, few enough at a time that float64 copies stay small."""
+    num_rows = max(1, _CHUNK_VALUES // matrix.shape[1])
+    return [slice(start, start + num_rows) for start in range(0, len(matrix), num_rows)]
