@@ -1,0 +1,182 @@
+// GEMV over vector-quantized weights whose vectors run along the outputs: index j of row g names
+// the V weights of outputs g V .. g V + V - 1 at input j.
+//
+// Random look-ups of one table collide in the banks of shared memory. So a small codebook lies
+// there once per group of lanes that one access serves: copy c of entry e at byte e * 128 + c * size,
+// and
+// lane l reads copy l mod (128 / size). Blocks are persistent, so the copies are made once.
+#pragma once
+
+#include "common.cuh"
+
+namespace vq {
+
+constexpr int kEntryBytes = 128;  // all copies of one entry: one row of banks
+constexpr int kIndicesPerLoad = 16;
+
+// Bytes of shared memory that one look-up reads: V = 4 takes 8, V = 8 takes 16, V = 16 two pieces.
+template <int V>
+struct Piece {
+  static constexpr int kValues = V < 8 ? V : 8;
+  static constexpr int kBytes = 2 * kValues;
+  static constexpr int kCopies = kEntryBytes / kBytes;
+  static constexpr int kCount = V / kValues;
+};
+
+struct CodebookMatrix {
+  const unsigned char *indices;  // [stages][outputs / V][stride]; two bytes each where LARGE
+  const __half *entries;         // [stages][num_entries][V]
+  int inputs;                    // used columns of a row
+  int stride;                    // columns of a row, a multiple of 16
+  int outputs;                   // a multiple of V
+  int num_entries;
+  int num_hot;  // LARGE only: leading entries that lie in shared memory
+};
+
+// Copies of all entries of all stages, [stage][piece][entry][copy].
+template <int V, int STAGES>
+VQ_INLINE void stage_copies(const CodebookMatrix &m, __half *shared) {
+  constexpr int kPieces = STAGES * Piece<V>::kCount;
+  constexpr int kHalves = kEntryBytes / 2;
+  const int total = kPieces * m.num_entries * kHalves;
+  for (int i = static_cast<int>(threadIdx.x); i < total; i += kThreads) {
+    const int value = i % Piece<V>::kValues;
+    const int entry = i / kHalves % m.num_entries;
+    const int piece = i / kHalves / m.num_entries;
+    const int stage = piece / Piece<V>::kCount;
+    const int part = piece % Piece<V>::kCount;
+    shared[i] = m.entries[(static_cast<long long>(stage) * m.num_entries + entry) * V +
+                          part * Piece<V>::kValues + value];
+  }
+  __syncthreads();
+}
+
+// acc += entry * x for one look-up of VALUES halves at `address`.
+template <int VALUES>
+VQ_INLINE void add_entry(const void *address, __half2 x, __half2 *acc) {
+  constexpr int kWords = VALUES / 2;
+  unsigned words[kWords];
+  if constexpr (kWords == 4) {
+    const uint4 four = *reinterpret_cast<const uint4 *>(address);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else {
+    const uint2 two = *reinterpret_cast<const uint2 *>(address);
+    words[0] = two.x, words[1] = two.y;
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) acc[i] = __hfma2(half2_of_bits(words[i]), x, acc[i]);
+}
+
+// Where entry `index` of a stage lies, for this lane.
+template <int V>
+struct SmallTable {
+  const unsigned char *shared;
+  int num_entries;
+
+  VQ_INLINE const void *find(int stage, int piece, unsigned index) const {
+    const int row = (stage * Piece<V>::kCount + piece) * num_entries + static_cast<int>(index);
+    return shared + row * kEntryBytes + lane_id() % Piece<V>::kCopies * Piece<V>::kBytes;
+  }
+};
+
+template <int V>
+struct LargeTable {
+  const __half *hot;      // shared [num_hot][V]
+  const __half *entries;  // global
+  int num_hot;
+
+  VQ_INLINE const void *find(int, int piece, unsigned index) const {
+    const __half *table = static_cast<int>(index) < num_hot ? hot : entries;
+    return table + static_cast<long long>(index) * V + piece * Piece<V>::kValues;
+  }
+};
+
+// Index i of 16, one byte each, or of 8, two bytes each.
+template <bool LARGE>
+VQ_INLINE unsigned index_of(const uint4 &packed, int i) {
+  if constexpr (LARGE) return (word_of(packed, i / 2) >> (16 * (i % 2))) & 0xffffu;
+  return (word_of(packed, i / 4) >> (8 * (i % 4))) & 0xffu;
+}
+
+// The V outputs of row `row`, summed over this lane's inputs. Half precision over one load of
+// indices (8 or 16 products), then float.
+template <int V, int STAGES, int BATCH, bool LARGE, typename Table>
+VQ_INLINE void add_row(const CodebookMatrix &m, const Table &table, const __half *x, int row,
+                       float (&acc)[BATCH][V]) {
+  constexpr int kIndices = LARGE ? kIndicesPerLoad / 2 : kIndicesPerLoad;
+  constexpr int kWords = Piece<V>::kValues / 2;
+  const int rows = m.outputs / V;
+  for (int j = lane_id() * kIndices; j < m.stride; j += kLanes * kIndices) {
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      const long long at = (static_cast<long long>(stage) * rows + row) * m.stride + j;
+      const uint4 packed = load_stream(m.indices + at * (LARGE ? 2 : 1));
+#pragma unroll
+      for (int piece = 0; piece < Piece<V>::kCount; ++piece) {
+        for (int b = 0; b < BATCH; ++b) {
+          __half2 part[kWords];
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) part[w] = half2_of_bits(0u);
+#pragma unroll
+          for (int i = 0; i < kIndices; ++i) {
+            const __half value = x[static_cast<long long>(b) * m.stride + j + i];
+            add_entry<Piece<V>::kValues>(table.find(stage, piece, index_of<LARGE>(packed, i)),
+                                         __halves2half2(value, value), part);
+          }
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) {
+            const float2 both = __half22float2(part[w]);
+            acc[b][piece * Piece<V>::kValues + 2 * w] += both.x;
+            acc[b][piece * Piece<V>::kValues + 2 * w + 1] += both.y;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Every warp takes rows in turn until none is left; x is [BATCH][stride], zero beyond the inputs.
+template <int V, int STAGES, int BATCH, bool LARGE, typename Table>
+VQ_INLINE void codebook_rows(const CodebookMatrix &m, const Table &table, const __half *x,
+                             __half *y) {
+  const int step = static_cast<int>(gridDim.x) * kWarps;
+  for (int row = static_cast<int>(blockIdx.x) * kWarps + warp_id(); row < m.outputs / V;
+       row += step) {
+    float acc[BATCH][V] = {};
+    add_row<V, STAGES, BATCH, LARGE>(m, table, x, row, acc);
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        float sum = acc[b][v];
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+          sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        }
+        if (lane_id() == v) {
+          y[static_cast<long long>(b) * m.outputs + row * V + v] = __float2half(sum);
+        }
+      }
+    }
+  }
+}
+
+template <int V, int STAGES, int BATCH>
+VQ_INLINE void codebook_gemv(const CodebookMatrix &m, const __half *x, __half *y,
+                             unsigned char *shared) {
+  stage_copies<V, STAGES>(m, reinterpret_cast<__half *>(shared));
+  codebook_rows<V, STAGES, BATCH, false>(m, SmallTable<V>{shared, m.num_entries}, x, y);
+}
+
+template <int V, int BATCH>
+VQ_INLINE void large_codebook_gemv(const CodebookMatrix &m, const __half *x, __half *y,
+                                   unsigned char *shared) {
+  __half *hot = reinterpret_cast<__half *>(shared);
+  for (int i = static_cast<int>(threadIdx.x); i < m.num_hot * V; i += kThreads) {
+    hot[i] = m.entries[i];
+  }
+  __syncthreads();
+  codebook_rows<V, 1, BATCH, true>(m, LargeTable<V>{hot, m.entries, m.num_hot}, x, y);
+}
+
+}  // namespace vq

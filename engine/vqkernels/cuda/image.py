@@ -1,0 +1,141 @@
+"""Where the compiled CUDA kernels come from: the cache, nvcc, or NVRTC, in this order.
+
+The sources are package data (or lie in csrc/cuda of a source tree). What was compiled is kept under
+the digest of the sources, so a stale image is never used. Knows no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from vqkernels.errors import NativeUnavailableError
+
+ENTRY = "vqkernels.cu"
+# One binary per tested architecture, and PTX for those that came later.
+TARGETS = (
+    "arch=compute_80,code=sm_80",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_80,code=compute_80",
+)
+
+
+def kernel_sources() -> Path:
+    """Folder of the CUDA sources.
+
+    Raises:
+        NativeUnavailableError: neither the package nor a source tree around it has them.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "src", package.parents[2] / "csrc" / "cuda"):
+        if (folder / ENTRY).is_file():
+            return folder
+    raise NativeUnavailableError("the CUDA sources are not installed; reinstall vqstack")
+
+
+def kernel_image(cache: Path, capability: tuple[int, int]) -> bytes:
+    """A fatbin (nvcc) or a cubin for one device (NVRTC) of all kernels, compiled at most once.
+
+    Args:
+        cache: folder that keeps what was compiled.
+        capability: compute capability of the device, for NVRTC.
+
+    Raises:
+        NativeUnavailableError: there is no compiler, or it failed; carries its first lines.
+    """
+    sources = kernel_sources()
+    digest = source_digest(sources)[:16]
+    nvcc = shutil.which("nvcc")
+    kind = "fatbin" if nvcc else f"sm_{capability[0]}{capability[1]}.cubin"
+    path = cache / f"vqkernels-{digest}.{kind}"
+    if not path.is_file():
+        image = compile_nvcc(nvcc, sources)[0] if nvcc else compile_nvrtc(sources, capability)
+        _keep(path, image)
+    return path.read_bytes()
+
+
+def source_digest(sources: Path) -> str:
+    """SHA-256 over names and contents of the sources and over the targets."""
+    digest = hashlib.sha256("\n".join(TARGETS).encode())
+    for path in sorted(sources.glob("*.cu*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_nvcc(nvcc: str, sources: Path) -> tuple[bytes, str]:
+    """The fatbin for `TARGETS`, and what ptxas says of registers and spills.
+
+    Raises:
+        NativeUnavailableError: nvcc failed.
+    """
+    targets = [f"-gencode={target}" for target in TARGETS]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "kernels.fatbin"
+        command = [nvcc, "-O3", "--fatbin", "-Werror", "all-warnings", "-Xptxas", "-v", *targets]
+        done = subprocess.run(
+            [*command, str(sources / ENTRY), "-o", str(output)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise NativeUnavailableError(f"nvcc failed: {done.stderr[:2000]}")
+        return output.read_bytes(), done.stderr
+
+
+def compile_nvrtc(sources: Path, capability: tuple[int, int]) -> bytes:
+    """A cubin for one architecture, by the NVRTC library that torch's CUDA build brings.
+
+    Raises:
+        NativeUnavailableError: no NVRTC or no CUDA headers were found, or it refused the sources.
+    """
+    library = ctypes.CDLL(str(_find_nvidia_file("libnvrtc.so*")))
+    headers = _find_nvidia_file("cuda_fp16.h").parent
+    options = [
+        f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
+        "--std=c++17",
+        f"--include-path={sources}",
+        f"--include-path={headers}",
+    ]
+    program = ctypes.c_void_p()
+    text = (sources / ENTRY).read_bytes()
+    library.nvrtcCreateProgram(ctypes.byref(program), text, ENTRY.encode(), 0, None, None)
+    arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    if library.nvrtcCompileProgram(program, len(options), arguments):
+        log = _nvrtc_output(library, program, "ProgramLog")
+        raise NativeUnavailableError(f"NVRTC failed: {log[:2000].decode(errors='replace')}")
+    return _nvrtc_output(library, program, "CUBIN")
+
+
+def _nvrtc_output(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+def _find_nvidia_file(pattern: str) -> Path:
+    """The first file of that name in the `nvidia` packages that torch depends on."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in [] if spec is None else spec.submodule_search_locations or []:
+        for path in sorted(Path(root).rglob(pattern)):
+            return path
+    raise NativeUnavailableError(
+        f"no nvcc on PATH and no {pattern} in torch's nvidia packages; install the CUDA toolkit "
+        "or torch with CUDA"
+    )
+
+
+def _keep(path: Path, image: bytes) -> None:
+    """Write under a scratch name and rename: another process may be doing the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(image)
+    scratch.replace(path)
