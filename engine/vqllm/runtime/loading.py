@@ -93,6 +93,12 @@ def _first_that_runs(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
 
 
 # Imported where they are made: each brings a library that the others do not need.
+def _make_cuda(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
+    from vqllm.runtime.executors.cuda import CudaExecutor
+
+    return CudaExecutor(checkpoint, *sizes)
+
+
 def _make_native(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
     from vqllm.runtime.executors.native import NativeExecutor
 
@@ -111,7 +117,9 @@ def _make_torch(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
     return TorchExecutor(checkpoint, *sizes)
 
 
+# In the order in which `auto` tries them.
 _MAKERS: dict[str, Callable[[Checkpoint, Sizes], Executor]] = {
+    "cuda": _make_cuda,
     "native": _make_native,
     "onnx": _make_onnx,
     "torch": _make_torch,

@@ -1,0 +1,181 @@
+"""The CUDA executor: the reference's forward pass with packed weights in our GPU kernels.
+
+Norms, attention and the output head stay in torch. A linear whose format has no kernel runs in half
+precision, dequantized, and `providers` counts both kinds. Knows nothing of requests or text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from vqkernels.cuda import (
+    CodebookArrays,
+    CodebookWeights,
+    CudaModule,
+    CudaUnavailableError,
+    CudaWeights,
+    GptqArrays,
+    GptqWeights,
+    TrellisArrays,
+    TrellisWeights,
+    kernel_image,
+)
+from vqkernels.errors import LayoutError, NativeUnavailableError
+from vqllm.checkpoint import Checkpoint
+from vqllm.decoder.weights import BlockWeights, block_around
+from vqllm.errors import ExecutorUnavailable
+from vqllm.quantization.base import GroupedLinear, QuantizedLinear
+from vqllm.quantization.tcq import TcqLinear
+from vqllm.quantization.vptq_linear import VptqLinear
+from vqllm.runtime.executors.torch import TorchExecutor
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class CudaBlock(BlockWeights):
+    """A block whose packed linears are in `matrices`; `linears` holds the others."""
+
+    matrices: dict[str, CudaWeights] = field(default_factory=dict, kw_only=True)
+
+    def project(self, part: str, inputs: Tensor) -> Tensor:
+        matrix = self.matrices.get(part)
+        if matrix is None:
+            return super().project(part, inputs)
+        rows = inputs.reshape(-1, inputs.shape[-1]).half()
+        outputs = matrix.linear(rows).to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        bias = self.biases.get(part)
+        return outputs if bias is None else outputs + bias
+
+
+class CudaExecutor(TorchExecutor):
+    """Runs any checkpoint on one NVIDIA GPU."""
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        context_length: int,
+        max_num_sequences: int = 8,
+        num_threads: int = 0,
+    ) -> None:
+        """
+        Raises:
+            ExecutorUnavailable: no GPU, no driver, or the kernels cannot be compiled; says which.
+            CorruptCheckpoint: a tensor is missing, misshapen or not finite.
+        """
+        self._module = _load_kernels()
+        self._formats: Counter[str] = Counter()
+        sizes = (context_length, max_num_sequences, num_threads)
+        super().__init__(checkpoint, *sizes, device="cuda", dtype=torch.float16)
+        _log.info("linears on the GPU", extra={"facts": dict(self._formats)})
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self._formats.items()))
+        return (f"cuda {torch.cuda.get_device_name()}", counts, *super().providers)
+
+    def _load_block(self, checkpoint: Checkpoint, layer: int) -> BlockWeights:
+        matrices: dict[str, CudaWeights] = {}
+        dense: dict[str, Tensor] = {}
+        for part in checkpoint.config.linear_shapes(layer):
+            linear = checkpoint.linear(f"model.layers.{layer}.{part}")
+            if not isinstance(linear, QuantizedLinear):
+                dense[part] = torch.from_numpy(linear)
+                self._formats["unquantized"] += 1
+                continue
+            try:
+                matrices[part] = upload(self._module, linear)
+                self._formats[linear.method] += 1
+            except LayoutError as error:
+                _log.warning("no kernel for %s: %s; it runs dequantized", part, error)
+                dense[part] = torch.from_numpy(linear.dequantize())
+                self._formats[f"{linear.method} dequantized"] += 1
+        block = block_around(checkpoint, layer, dense)
+        fields = {f.name: getattr(block, f.name) for f in dataclasses.fields(block)}
+        return CudaBlock(**fields, matrices=matrices)
+
+
+def upload(module: CudaModule, linear: QuantizedLinear) -> CudaWeights:
+    """A packed linear on the current GPU.
+
+    Raises:
+        LayoutError: its format or its sizes have no kernel.
+    """
+    device = torch.device("cuda")
+    match linear:
+        case GroupedLinear():
+            return GptqWeights(module, _gptq_arrays(linear), device)
+        case TcqLinear():
+            return TrellisWeights(module, _trellis_arrays(linear), device)
+        case VptqLinear():
+            return CodebookWeights(module, _codebook_arrays(linear), device)
+    raise LayoutError(f"no CUDA kernel for the method {linear.method!r}")
+
+
+def _gptq_arrays(linear: GroupedLinear) -> GptqArrays:
+    if not linear.has_contiguous_groups:
+        raise LayoutError("act-order without static groups")
+    return GptqArrays(
+        words=linear.tensors()["qweight"],
+        scales=linear.scales,
+        zeros=None if linear.is_symmetric else linear.zeros,
+        bits=linear.spec.bits,
+        group_size=linear.spec.group_size if linear.spec.group_size > 0 else linear.in_features,
+    )
+
+
+def _trellis_arrays(linear: TcqLinear) -> TrellisArrays:
+    codebook = linear.codebook
+    return TrellisArrays(
+        codes=linear.codes,
+        table=codebook.table,
+        scales=linear.scales,
+        bits=codebook.bits,
+        multiplier=codebook.multiplier,
+        trellis_bits=codebook.trellis_bits,
+        group_size=linear.group_size,
+        column_scales=linear.column_scales,
+    )
+
+
+def _codebook_arrays(linear: VptqLinear) -> CodebookArrays:
+    if linear.spec.num_groups != 1 or linear.spec.num_outliers:
+        raise LayoutError("several column groups, or outlier columns")
+    if linear.out_features % linear.centroids.shape[2]:
+        raise LayoutError(f"{linear.out_features} outputs cut the last vector")
+    stages = [(linear.indices[0], linear.centroids[0])]
+    if linear.res_indices is not None and linear.res_centroids is not None:
+        stages.append((linear.res_indices[0], linear.res_centroids[0]))
+    sizes = {len(entries) for _, entries in stages}
+    if len(sizes) != 1:
+        raise LayoutError("main and residual codebooks of different sizes")
+    return CodebookArrays(
+        indices=np.stack([indices.astype(np.int64) for indices, _ in stages]),
+        entries=np.stack([entries for _, entries in stages]),
+        input_scale=linear.column_scales,
+        input_bias=linear.column_biases,
+        permutation=None if linear.order is None else linear.order.astype(np.int64),
+    )
+
+
+def _load_kernels() -> CudaModule:
+    if not torch.cuda.is_available():
+        raise ExecutorUnavailable(
+            "executor 'cuda' needs an NVIDIA GPU and torch with CUDA; torch sees none"
+        )
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        cache = user_cache_path("vqstack", appauthor=False) / "cuda"
+        return CudaModule(kernel_image(cache, torch.cuda.get_device_capability()))
+    except (CudaUnavailableError, NativeUnavailableError) as error:
+        raise ExecutorUnavailable(f"executor 'cuda': {error}") from error

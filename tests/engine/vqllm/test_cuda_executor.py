@@ -1,0 +1,54 @@
+"""Which arrays the CUDA executor hands to its kernels, and what it says without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqkernels.errors import LayoutError
+from vqllm.checkpoint import Checkpoint
+from vqllm.errors import ExecutorUnavailable
+from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
+from vqllm.runtime.engine import EngineConfig
+from vqllm.runtime.executors.cuda import _gptq_arrays
+from vqllm.runtime.loading import make_executor
+
+
+def grouped(bits: int = 4, is_symmetric: bool = True) -> GroupedLinear:
+    spec = GroupedSpec(bits, 64)
+    random = np.random.default_rng(bits)
+    zeros = np.full((2, 32), spec.symmetric_zero, np.uint8)
+    if not is_symmetric:
+        zeros[0, 0] = 1
+    return GroupedLinear(
+        codes=random.integers(0, spec.max_code + 1, (128, 32), dtype=np.uint8),
+        scales=random.normal(size=(2, 32)).astype(np.float16),
+        zeros=zeros,
+        group_index=contiguous_groups(128, spec),
+        spec=spec,
+    )
+
+
+def test_symmetric_layers_have_no_zero_points() -> None:
+    assert _gptq_arrays(grouped()).zeros is None
+    linear = grouped(is_symmetric=False)
+    assert _gptq_arrays(linear).zeros is linear.zeros
+
+
+def test_columns_in_another_order_are_refused() -> None:
+    linear = grouped()
+    shuffled = GroupedLinear(
+        linear.codes, linear.scales, linear.zeros, linear.group_index[::-1].copy(), linear.spec
+    )
+    with pytest.raises(LayoutError, match="static groups"):
+        _gptq_arrays(shuffled)
+
+
+def test_without_a_gpu_the_executor_says_so(tiny_folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ExecutorUnavailable, match="needs an NVIDIA GPU"):
+        make_executor(Checkpoint(tiny_folder), "cuda", EngineConfig())
