@@ -88,17 +88,30 @@ def _show(facts: dict[str, Any], json_file: str | None) -> None:
     if json_file is not None:
         Path(json_file).write_text(content + "\n", encoding="utf-8")
     console = Console()
-    table = Table("model", "bits", "hardware", "quantity", "value", "basis", "how")
-    for row in facts["lines"]:
-        value = f"{row['value']:.4g} {row['unit']}"
-        cells = (row["model"], str(row["bits"]), row["hardware"], row["quantity"], value)
-        table.add_row(*cells, row["basis"], row["how"])
-    console.print(table)
+    console.print(_table(facts["lines"]))
     for machine, note in facts["hardware"].items():
         console.print(f"{machine}: {note}", highlight=False)
     for verdict in facts.get("criteria", ()):
         text = f"{verdict['criterion']}: {verdict['verdict']}. {verdict['reason']}"
         console.print(text, highlight=False)
+
+
+def _table(lines: list[dict[str, Any]]) -> Table:
+    """A row per model, width and machine; every number with its basis and how it is known."""
+    rows: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        rows.setdefault((line["model"], line["bits"], line["hardware"]), []).append(line)
+    quantities = [line["quantity"] for line in next(iter(rows.values()))]
+    table = Table("model", "bits", "hardware", *quantities, "basis", title="vqllm plan")
+    for (model, bits, machine), group in rows.items():
+        values = [_value(line) for line in group]
+        basis = ", ".join(dict.fromkeys(line["basis"] for line in group))
+        table.add_row(model, str(bits), machine, *values, basis)
+    return table
+
+
+def _value(line: dict[str, Any]) -> str:
+    return f"{line['value']:.4g} {line['unit']}" if line["value"] else str(line["how"])
 
 
 def _measure(config: MeasureConfig, chosen: list[str], target: Path) -> None:

@@ -96,14 +96,44 @@ class OurArm:
     def make(self, job: PeerJob, calibration: Calibration) -> Made:
         target = job.work / "model"
         words = [sys.executable, "-m", "vqllm", "quantize", str(job.source), "-o", str(target)]
-        words += ["--calibration", str(calibration.path)]
-        words += ["--windows", str(calibration.num_windows)]
-        words += ["--window-length", str(calibration.window_length)]
-        words += ["--threads", str(job.num_threads), *self.options]
-        peak = run_measured(words, job.work / "quantize.log")
-        sizes = measure_sizes(Checkpoint(target))
-        note = " ".join(self.options)
-        return Made(target, sizes.bpw, sizes.file_bytes, note=note, peak_bytes=peak)
+        return _run(words, target, self.options, job, calibration)
+
+
+@dataclass(frozen=True)
+class PublishedArm:
+    """VPTQ as its released tool quantizes, at the codebook sizes of our own."""
+
+    bits: int
+    family: str = "vptq as published"
+    seeded: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"VPTQ as published {self.bits}"
+
+    def missing(self) -> str | None:
+        return None
+
+    def make(self, job: PeerJob, calibration: Calibration) -> Made:
+        target, module = job.work / "model", "vqllm.evaluation.published"
+        words = [sys.executable, "-m", module, str(job.source), str(target)]
+        return _run(words, target, ("--bits", str(self.bits)), job, calibration)
+
+
+def _run(
+    words: list[str],
+    target: Path,
+    options: tuple[str, ...],
+    job: PeerJob,
+    calibration: Calibration,
+) -> Made:
+    words += ["--calibration", str(calibration.path)]
+    words += ["--windows", str(calibration.num_windows)]
+    words += ["--window-length", str(calibration.window_length)]
+    words += ["--threads", str(job.num_threads), *options]
+    peak = run_measured(words, job.work / "quantize.log")
+    sizes = measure_sizes(Checkpoint(target))
+    return Made(target, sizes.bpw, sizes.file_bytes, note=" ".join(options), peak_bytes=peak)
 
 
 @dataclass(frozen=True)

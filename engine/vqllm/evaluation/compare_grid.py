@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqllm.errors import InvalidConfig
-from vqllm.evaluation.compare_arms import Arm, OurArm, PeerArm
+from vqllm.evaluation.compare_arms import Arm, OurArm, PeerArm, PublishedArm
 from vqllm.evaluation.peers.gptqmodel import GptqModel
 from vqllm.evaluation.peers.llamacpp import FILE_TYPES, LlamaCpp
 
@@ -53,7 +53,7 @@ def our_grid(
 
 
 def baselines() -> list[Arm]:
-    """Rounding to nearest, and GPTQ without correction or rotation."""
+    """Rounding to nearest, GPTQ without correction or rotation, VPTQ as published."""
     arms: list[Arm] = []
     for bits in BITS:
         width = ("--bits", str(bits))
@@ -61,6 +61,7 @@ def baselines() -> list[Arm]:
             OurArm(f"RTN {bits}", ("--method", "rtn", *width, *PLAIN), BASELINE, seeded=False)
         )
         arms.append(OurArm(f"plain GPTQ {bits}", ("--method", "gptq", *width, *PLAIN), BASELINE))
+        arms.append(PublishedArm(bits))
     return arms
 
 

@@ -21,7 +21,7 @@ from vqllm.checkpoint import Checkpoint
 from vqllm.cli import main
 from vqllm.errors import CorruptCheckpoint, EvaluationError, InvalidConfig, UnsupportedModel
 from vqllm.evaluation.compare import Comparison, ComparisonConfig, Row, read_row, slug
-from vqllm.evaluation.compare_arms import OurArm, PeerArm, run_measured
+from vqllm.evaluation.compare_arms import OurArm, PeerArm, PublishedArm, run_measured
 from vqllm.evaluation.compare_grid import PeerPaths, baselines, our_grid, parse_arm, peers
 from vqllm.evaluation.compare_table import collect, duel, duels, to_csv, to_json, to_markdown
 from vqllm.evaluation.peers.base import PeerJob, PeerResult, run_program
@@ -131,6 +131,12 @@ def test_our_arms_run_the_command(config: ComparisonConfig) -> None:
     assert 0.5 < row.results["foxes"]["ratio"] < 2
 
 
+def test_vptq_as_published_is_a_baseline(config: ComparisonConfig) -> None:
+    (row,) = Comparison(replace(config, seeds=(0,))).run([PublishedArm(2)])
+    assert row.failure == ""
+    assert row.results["foxes"]["mean_kl"] > 0
+
+
 def test_a_failing_command_is_quoted(tmp_path: Path) -> None:
     program = [sys.executable, "-c", "import sys; print('out of luck'); sys.exit(3)"]
     with pytest.raises(EvaluationError, match="code 3: out of luck"):
@@ -212,7 +218,10 @@ def test_the_grid_names_every_arm_once(tmp_path: Path) -> None:
     names = [slug(arm.name) for arm in arms]
     assert len(set(names)) == len(names)
     assert "--bpw" in arms[4].options  # type: ignore[attr-defined]
-    assert {arm.family for arm in arms} == {"ours", "baseline", "llama.cpp", "gptqmodel"}
+    assert {arm.family for arm in arms} == {
+        *["ours", "baseline", "llama.cpp", "gptqmodel"],
+        "vptq as published",
+    }
     assert parse_arm("mine = --bits 3").options == ("--bits", "3")
     with pytest.raises(InvalidConfig, match="NAME=OPTIONS"):
         parse_arm("--bits 3")
