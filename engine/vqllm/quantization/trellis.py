@@ -29,6 +29,7 @@ from vqkernels.trellis import MAX_BITS, MAX_STATE_BITS, MIN_STATE_BITS, Trellis,
 from vqllm.errors import InvalidConfig
 
 TABLE_SIZE: Final = 256
+DEVIATION: Final = 32.0  # of the Gaussian that the shipped tables are trained on
 _CODEBOOKS: Final = "trellis_codebooks.json"
 _UNREACHABLE: Final = np.float32(1e30)
 _RENORMALIZE_ROWS: Final = 32
