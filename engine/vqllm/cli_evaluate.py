@@ -37,6 +37,13 @@ def evaluate(
         str,
         typer.Option(help="torch is exact; native and onnx score what is served."),
     ] = "torch",
+    tasks: Annotated[
+        str, typer.Option(help="Zero-shot tasks by commas: arc_easy, piqa and so on.")
+    ] = "",
+    tasks_dir: Annotated[
+        Path, typer.Option(help="Local copies of the tasks in their official files.")
+    ] = Path("tasks"),
+    task_limit: Annotated[int, typer.Option(help="First items of each; 0 is all.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)] = 0,
     cache: Annotated[
         Path | None,
@@ -48,24 +55,34 @@ def evaluate(
     Windows do not overlap and no token is put in front of them.
     """
     from vqllm.api import resolve_model
-    from vqllm.evaluation.evaluate import EvaluationOptions, evaluate_folder
+    from vqllm.evaluation.evaluate import (
+        EvaluationOptions,
+        TaskOptions,
+        evaluate_folder,
+        evaluate_tasks,
+    )
     from vqllm.evaluation.windows import WindowConfig
 
     options = EvaluationOptions(
         text, WindowConfig(window_length, windows, spread), executor, threads
     )
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    folder = resolve_model(model, cache)
     original = None if reference is None else resolve_model(reference, cache)
-    columns = (TextColumn("scoring windows"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn())
     messages = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=messages, transient=True) as progress:
         task = progress.add_task("scoring", total=None)
-        result = evaluate_folder(
-            resolve_model(model, cache),
-            original,
-            options,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    _show(result.to_dict(), json_file)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        result = evaluate_folder(folder, original, options, show)
+        facts = result.to_dict()
+        if names:
+            asked = TaskOptions(tasks_dir, names, task_limit)
+            facts["tasks"] = evaluate_tasks(folder, original, asked, options, show)
+    _show(facts, json_file)
 
 
 def _show(facts: dict[str, Any], json_file: str | None) -> None:
@@ -76,6 +93,7 @@ def _show(facts: dict[str, Any], json_file: str | None) -> None:
     if json_file is not None:
         Path(json_file).write_text(content + "\n", encoding="utf-8")
     table = Table(title=str(facts["model"]), show_header=False)
-    for name, value in facts.items():
+    tasks = facts.pop("tasks", {})
+    for name, value in [*facts.items(), *tasks.items()]:
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from vqllm.evaluation.perplexity import (
 )
 from vqllm.evaluation.sizes import Sizes, measure_sizes
 from vqllm.evaluation.statistics import bootstrap_mean, ratio_interval
+from vqllm.evaluation.tasks import Item, read_task
 from vqllm.evaluation.windows import EvaluationText, WindowConfig, read_windows
+from vqllm.evaluation.zeroshot import TaskScores, score_task
 from vqllm.runtime.engine import EngineConfig
 from vqllm.runtime.executors.base import Executor
 from vqllm.runtime.loading import make_executor
 from vqllm.runtime.tokenizer import ChatTokenizer
 
 REFERENCE_EXECUTOR = "torch"
+TASK_CONTEXT = 1024  # tokens of a question and an answer
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,7 @@ def evaluate_folder(
     other = None
     if reference is not None:
         other = open_executor(Checkpoint(reference), REFERENCE_EXECUTOR, options)
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        report(done, len(text.windows))
-
+    count = _Counter(len(text.windows), report)
     start = time.perf_counter()
     if other is None:
         scores = score_windows(runner, text.windows, count)
@@ -184,6 +181,75 @@ def evaluate_folder(
         scores=scores,
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which zero-shot tasks to answer.
+
+    Attributes:
+        folder: local copies of the tasks, see `vqllm.evaluation.tasks`.
+        names: which of them.
+        limit: first items of each; 0 is all.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    limit: int = 0
+
+
+def evaluate_tasks(
+    folder: Path,
+    reference: Path | None,
+    tasks: TaskOptions,
+    options: EvaluationOptions,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """Accuracies by task, beside a reference folder where one is given.
+
+    `report(done, total)` counts questions of one model and task.
+
+    Raises:
+        EvaluationError: a task is unknown, missing or not in its official layout.
+        VqllmError: a folder cannot be run.
+    """
+    items = {name: read_task(tasks.folder, name) for name in tasks.names}
+    if tasks.limit:
+        items = {name: every[: tasks.limit] for name, every in items.items()}
+    ours = _answer(folder, options.executor, items, options, report)
+    theirs: dict[str, TaskScores] = {}
+    if reference is not None:
+        theirs = _answer(reference, REFERENCE_EXECUTOR, items, options, report)
+    return {name: scores.to_dict(theirs.get(name)) for name, scores in ours.items()}
+
+
+def _answer(
+    folder: Path,
+    executor: str,
+    items: dict[str, list[Item]],
+    options: EvaluationOptions,
+    report: Callable[[int, int], None],
+) -> dict[str, TaskScores]:
+    checkpoint, tokenizer = Checkpoint(folder), ChatTokenizer.from_folder(folder)
+    length = min(checkpoint.config.context_length, TASK_CONTEXT)
+    windows = WindowConfig(length)
+    runner = open_executor(checkpoint, executor, replace(options, windows=windows))
+    result = {}
+    for name, questions in items.items():
+        counter = _Counter(len(questions), report)
+        result[name] = score_task(runner, tokenizer, questions, length, counter)
+    return result
+
+
+class _Counter:
+    """Counts calls and reports them."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._report = 0, total, report
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._report(self._done, self._total)
 
 
 def open_executor(checkpoint: Checkpoint, name: str, options: EvaluationOptions) -> Executor:
