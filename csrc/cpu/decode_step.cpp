@@ -404,18 +404,25 @@ struct vq_decoder::Part {
     return cache_of(layer, kv_head) + page * kv.page_stride + offset;
   }
 
-  // Queries of one key-value head in a span, in order of rows; `per_job` of them make a job.
+  // Queries of one key-value head in a span, in order of rows, go in jobs that share what they load.
+  // Few of them are cut into equal runs; many are dealt out in turn, because later ones cost more.
   void attend(std::int32_t layer) {
     const std::int32_t group = config.num_heads / config.num_kv_heads;
-    const std::int64_t jobs = std::int64_t{num_rows} * config.num_heads / vq::kMaxQueries;
-    const std::int32_t per_job = jobs >= 4 * count ? vq::kMaxQueries : 1;
-    std::int64_t item = 0;
+    const std::int64_t total = std::int64_t{num_rows} * config.num_heads;
+    const bool deals = total >= 16 * vq::kMaxQueries * count;
+    const std::int64_t begin = deals ? 0 : split(total, index);
+    const std::int64_t end = deals ? total : split(total, index + 1);
+    std::int64_t offset = 0;  // of the head's first query among all
+    std::int64_t turn = 0;
     for (const vq::Span &span : decoder.spans_) {
       const std::int32_t queries = (span.last - span.first) * group;
-      for (std::int32_t kv_head = 0; kv_head < config.num_kv_heads; ++kv_head) {
-        for (std::int32_t first = 0; first < queries; first += per_job, ++item) {
-          if (item % count != index) continue;
-          attend_job(layer, span, kv_head, first, std::min(first + per_job, queries));
+      for (std::int32_t kv_head = 0; kv_head < config.num_kv_heads; ++kv_head, offset += queries) {
+        const auto first = static_cast<std::int32_t>(std::max<std::int64_t>(begin - offset, 0));
+        const auto last =
+            static_cast<std::int32_t>(std::min<std::int64_t>(end - offset, queries));
+        for (std::int32_t at = first; at < last; at += vq::kMaxQueries, ++turn) {
+          if (deals && turn % count != index) continue;
+          attend_job(layer, span, kv_head, at, std::min(at + vq::kMaxQueries, last));
         }
       }
     }

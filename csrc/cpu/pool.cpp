@@ -16,9 +16,11 @@
 
 namespace {
 
-// About 20-50 us of spinning: longer than the gap between two layers of a decode step, short enough
-// not to burn a core between two requests.
-constexpr int kSpins = 1000;
+// About 0.2-0.5 ms of spinning: longer than a caller samples and prepares between two decode steps
+// (a sleeping worker is 50 us late), short enough not to burn a core between two requests.
+constexpr int kSpins = 12000;
+// The caller waits for its workers that long before it offers them its core.
+constexpr int kSpinsBeforeYield = 1000;
 
 std::int64_t process_id() {
 #if defined(__unix__) || defined(__APPLE__)
@@ -113,7 +115,7 @@ void vq_pool::run(vq::PartFn part, void *context) {
   publish();
   part(context, 0, num_threads());
   for (int spin = 0; remaining_.load(std::memory_order_acquire) != 0; ++spin) {
-    if (spin < kSpins) {
+    if (spin < kSpinsBeforeYield) {
       relax();
     } else {
       std::this_thread::yield();  // more threads than free cores: let the worker in
