@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _WHOLE_COLUMN = -1
 # Weights have a mean near zero, so the mean of code - zero tells the offset of the zero points;
-# it counts as evidence within this many steps of one of the two candidates.
+# it counts as evidence within this many steps of one of the two candidates. Finer grids have steps
+# that are small beside the mean that a layer may well have.
 _EVIDENCE = 0.25
+_MAX_EVIDENCE_BITS = 4
 _MIN_EVIDENCE_CODES = 4096
 
 
@@ -184,7 +186,9 @@ def _zeros(
     form: GptqFormat,
     where: str,
 ) -> NDArray[np.uint8]:
-    return stored_to_zeros(stored, form, where, _mean_step(stored, codes, group_index))
+    is_coarse = form.spec.bits <= _MAX_EVIDENCE_BITS
+    mean_step = _mean_step(stored, codes, group_index) if is_coarse else None
+    return stored_to_zeros(stored, form, where, mean_step)
 
 
 def _mean_step(

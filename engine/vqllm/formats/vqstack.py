@@ -129,6 +129,8 @@ class VqstackFormat(FolderFormat):
         }
         try:
             return TcqLinear.from_tensors(tensors, entry, self._codebook(name, entry))
+        except CorruptCheckpoint:
+            raise
         except (KeyError, InvalidConfig) as error:
             raise CorruptCheckpoint(f"config.json: layers[{name!r}]: {error}") from error
         except ValueError as error:
@@ -138,7 +140,10 @@ class VqstackFormat(FolderFormat):
     def _codebook(self, name: str, entry: dict[str, Any]) -> TrellisCodebook:
         from vqllm.quantization.trellis import TrellisCodebook, codebook_key
 
-        key = codebook_key(entry["bits"], entry["trellis_bits"])
+        where = f"layers[{name!r}]"
+        key = codebook_key(
+            base.field(entry, "bits", int, where), base.field(entry, "trellis_bits", int, where)
+        )
         if key not in self.tables:
             raise CorruptCheckpoint(
                 f"config.json: {name} needs the trellis table {key}, quantization_config.tcq "

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.hessian import HessianFactor, factorize
 from vqllm.quantization.vptq import VptqOptions, quantize_vptq
+from vqllm.quantization.vptq_kmeans import assign, kmeans
 from vqllm.quantization.vptq_linear import VptqLinear
 from vqllm.quantization.vptq_reading import read_vptq
 
@@ -64,3 +66,130 @@ def test_what_is_stored_reads_back_the_same(options: VptqOptions, factor: Hessia
     assert 8 * linear.num_bytes == options.bits_of(OUT, IN)
     assert (linear.out_features, linear.in_features) == (OUT, IN)
     assert relative_error(weight, linear, hessian) < 0.2
+
+
+def test_the_same_seed_gives_the_same_bytes(factor: HessianFactor) -> None:
+    weight, _ = synthetic_layer()
+    first, second = (quantize_vptq(weight, factor, SMALL).tensors() for _ in range(2))
+    for part, values in first.items():
+        np.testing.assert_array_equal(values, second[part])
+    other = quantize_vptq(weight, factor, replace(SMALL, seed=1)).tensors()
+    assert not np.array_equal(other["indices"], first["indices"])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_norm_without_a_rescaled_hessian_is_beaten(seed: int) -> None:
+    """The released tool norms the weight and keeps the factor of the unscaled problem."""
+    released = error_of(replace(SMALL, is_published=True), seed=seed)
+    without_norm = error_of(replace(SMALL, is_published=True, has_norm=False), seed=seed)
+    plain = error_of(replace(SMALL, num_rounds=0), seed=seed)
+    ours = error_of(SMALL, seed=seed)
+    assert ours < plain < 0.85 * released
+    assert without_norm < 0.85 * released  # its norm costs more than it gives
+    assert ours < 0.7 * released
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_triangular_factor_permuted_on_both_axes_is_beaten(seed: int) -> None:
+    """The released tool, permutation off, re-indexes the factor that was saved in act-order."""
+    weight, hessian = synthetic_layer(seed)
+    right = factorize(hessian, 0.01, act_order=False)
+    saved = factorize(hessian, 0.01, act_order=True)
+    back = torch.argsort(saved.order)
+    wrong = replace(right, upper=saved.upper[back][:, back])
+    options = replace(SMALL, num_rounds=0)
+    errors = [
+        relative_error(weight, quantize_vptq(weight, factor, options), hessian)
+        for factor in (wrong, right, saved)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 0.9 * errors[0]
+
+
+def test_rounds_of_refit_and_descent_lower_the_error() -> None:
+    errors = [error_of(replace(SMALL, num_rounds=rounds)) for rounds in (0, 1, 2)]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_a_beam_beats_the_greedy_residual() -> None:
+    residual = replace(SMALL, num_res_centroids=16)
+    assert error_of(replace(residual, beam=8)) < error_of(replace(residual, beam=1))
+
+
+def test_feedback_beats_rounding_to_the_nearest_vector(factor: HessianFactor) -> None:
+    weight, hessian = synthetic_layer()
+    options = replace(SMALL, num_rounds=0)
+    blind = replace(factor, upper=torch.diag(factor.upper.diagonal()))
+    errors = [
+        relative_error(weight, quantize_vptq(weight, chosen, options), hessian)
+        for chosen in (factor, blind)
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_outputs_that_do_not_fill_a_vector_are_cut() -> None:
+    weight, hessian = synthetic_layer(out=130)
+    options = replace(SMALL, num_res_centroids=8, vector_length=4)
+    linear = quantize_vptq(weight, factorize(hessian, 0.01), options)
+    assert linear.dequantize().shape == (130, IN)
+    assert linear.indices.shape == (1, 33, IN)
+    assert relative_error(weight, linear, hessian) < 0.05
+
+
+def test_parameters_change_without_touching_an_index(factor: HessianFactor) -> None:
+    weight, _ = synthetic_layer()
+    linear = quantize_vptq(weight, factor, replace(SMALL, num_res_centroids=4))
+    parameters = linear.parameters()
+    assert set(parameters) == {"centroids", "res_centroids", "column_scales", "column_biases"}
+    doubled = linear.with_parameters({name: 2 * values for name, values in parameters.items()})
+    assert doubled.indices is linear.indices
+    scales = linear.column_scales
+    assert scales is not None
+    assert doubled.column_scales is not None
+    np.testing.assert_array_equal(doubled.column_scales, 2 * scales)
+    with pytest.raises(KeyError, match="centroids"):
+        linear.with_parameters({})
+
+
+def test_groups_have_to_split_the_columns_evenly(factor: HessianFactor) -> None:
+    weight, _ = synthetic_layer()
+    with pytest.raises(InvalidConfig, match="num_groups is 5"):
+        quantize_vptq(weight, factor, replace(SMALL, num_groups=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_centroids": 100}, "num_centroids is 100.*power of two"),
+        ({"num_res_centroids": 128}, "num_res_centroids is 128"),
+        ({"vector_length": 0}, "vector_length is 0"),
+        ({"beam": 0}, "beam is 0"),
+        ({"num_rounds": -1}, "num_rounds is -1"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        replace(SMALL, **changes)  # type: ignore[arg-type]
+
+
+def test_weights_beyond_float16_are_refused(factor: HessianFactor) -> None:
+    weight, _ = synthetic_layer()
+    weight[3, 5] = 1e6
+    with pytest.raises(UnsupportedModel, match="float16"):
+        quantize_vptq(weight, factor, SMALL)
+
+
+def test_kmeans_finds_separate_clusters_and_keeps_every_centroid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers = 10 * torch.randn(8, 3, generator=generator)
+    vectors = centers.repeat(50, 1) + 0.1 * torch.randn(400, 3, generator=generator)
+    centroids = kmeans(vectors, torch.ones(400), 8)
+    assert float(assign(centers, centroids)[1].max()) < 0.05
+    few = kmeans(vectors[:4], torch.ones(4), 8)
+    assert bool(torch.isfinite(few).all())
+
+
+def test_kmeans_leans_to_the_heavy_vectors() -> None:
+    vectors = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    centroids = kmeans(vectors, torch.tensor([1.0, 3.0, 1.0, 0.0]), 2)
+    assert sorted(round(float(value), 4) for value in centroids[:, 0]) == [0.75, 10.0]
