@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import forkserver
+from support import forkserver, isa
 
 # `python -m support.llmd` runs as a process of its own.
 SUPPORT = str(Path(__file__).parent / "support")
@@ -17,6 +17,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 # xdist's workers inherit the variable, and with it the server of the whole run.
 RUN = None if forkserver.FOLDER_VARIABLE in os.environ else forkserver.new_run()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Force the kernels' tier where VQ_ISA names one."""
+    isa.apply()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

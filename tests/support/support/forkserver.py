@@ -35,6 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from support import isa
+
 FOLDER_VARIABLE = "VQSTACK_FORKSERVER"
 PRELOADED = ("vqserve.tokenizer.app", "vqserve.generation.app")
 START_SECONDS = 120
@@ -308,6 +310,7 @@ def main(path: str, owner: str) -> None:
     """Import what is slow, then serve; a forked child leaves as its module ends."""
     for module in PRELOADED:
         importlib.import_module(module)
+    isa.apply()  # the forked services run on the tier that the tests run on
     child = _Server(Path(path), int(owner)).serve()
     if child is not None:
         child.become()
