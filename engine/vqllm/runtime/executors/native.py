@@ -7,7 +7,8 @@ llama, mistral, qwen2 and what is built like them. Knows nothing of requests, sa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,18 +27,19 @@ from vqkernels.decoder import (
     Rotation,
 )
 from vqkernels.matrix import Matrix
-from vqkernels.matrix_weights import DenseWeights
 from vqllm.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint
 from vqllm.errors import CorruptCheckpoint, ExecutorUnavailable, InvalidConfig, UnsupportedModel
 from vqllm.model_config import LlamaConfig
 from vqllm.runtime.executors.base import Executor, Logits
 from vqllm.runtime.executors.paged import Chunk, PagedExecutor
-from vqllm.runtime.native_weights import packable
+from vqllm.runtime.native_packing import MatrixPacker
 
 Floats = NDArray[np.float32]
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = "self_attn.o_proj"
 MLP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = "mlp.down_proj"
 SCORE_ROWS = 128  # logits that `score` asks for at a time
 
 
@@ -117,8 +119,9 @@ class NativeExecutor(Executor, PagedExecutor):
         self._pool = ThreadPool(num_threads) if num_threads > 1 else None
         self._decoder = Decoder(
             _decoder_config(checkpoint.config, limits, options),
-            _load_weights(checkpoint, context_length),
+            _load_weights(checkpoint, context_length, num_threads),
         )
+        checkpoint.store.release()  # all but the embedding is packed by now
         self._logits = np.empty((max_num_sequences, self.vocab_size), dtype=np.float32)
         self._lengths: dict[int, int] = {}
 
@@ -238,45 +241,34 @@ def _decoder_config(config: LlamaConfig, limits: _Limits, options: NativeOptions
     )
 
 
-def _load_weights(checkpoint: Checkpoint, context_length: int) -> DecoderWeights:
+def _load_weights(checkpoint: Checkpoint, context_length: int, num_threads: int) -> DecoderWeights:
     config = checkpoint.config
-    embedding = _embedding(checkpoint)
     cosines, sines = _rotary_table(config, context_length)
     seeds = checkpoint.quantization.transform if checkpoint.quantization is not None else {}
-    return DecoderWeights(
-        layers=[_load_layer(checkpoint, layer) for layer in range(config.num_layers)],
-        final_norm=checkpoint.norm(FINAL_NORM),
-        embedding=embedding,
-        head=_head(checkpoint),
-        cosines=cosines,
-        sines=sines,
-        residual=_rotation(config.hidden_size, seeds.get("residual_seed")),
-        down=_rotation(config.intermediate_size, seeds.get("down_seed")),
-    )
-
-
-def _load_layer(checkpoint: Checkpoint, layer: int) -> DecoderLayer:
-    prefix, config = f"model.layers.{layer}", checkpoint.config
-    sizes = config.linear_shapes(layer)
-
-    def matrix(part: str) -> Matrix:
-        weights, transform = packable(checkpoint, f"{prefix}.{part}")
-        return Matrix(weights, transform)
-
-    def bias(parts: Iterable[str]) -> Floats | None:
-        names = {part: f"{prefix}.{part}.bias" for part in parts}
-        if not any(name in checkpoint.store for name in names.values()):
-            return None
-        return np.concatenate(
-            [
-                checkpoint.dense(name, sizes[part][:1])
-                if name in checkpoint.store
-                else np.zeros(sizes[part][0], dtype=np.float32)
-                for part, name in names.items()
-            ]
+    with MatrixPacker(checkpoint, num_threads) as packer:
+        head = packer.pack_head(EMBEDDING if config.tie_word_embeddings else HEAD)
+        linears = {name: packer.pack(name) for name in config.linear_names()}
+        return DecoderWeights(
+            layers=[_load_layer(checkpoint, layer, linears) for layer in range(config.num_layers)],
+            final_norm=checkpoint.norm(FINAL_NORM),
+            embedding=_embedding(checkpoint),
+            head=head.result(),
+            cosines=cosines,
+            sines=sines,
+            residual=_rotation(config.hidden_size, seeds.get("residual_seed")),
+            down=_rotation(config.intermediate_size, seeds.get("down_seed")),
         )
 
-    if bias((*MLP, "mlp.down_proj")) is not None:
+
+def _load_layer(
+    checkpoint: Checkpoint, layer: int, linears: dict[str, Future[Matrix]]
+) -> DecoderLayer:
+    prefix, config = f"model.layers.{layer}", checkpoint.config
+
+    def matrix(part: str) -> Matrix:
+        return linears[f"{prefix}.{part}"].result()
+
+    if _bias(checkpoint, layer, (*MLP, DOWN)) is not None:
         raise UnsupportedModel(
             f"the native executor has no MLP biases ({prefix}); use the executor torch"
         )
@@ -284,12 +276,28 @@ def _load_layer(checkpoint: Checkpoint, layer: int) -> DecoderLayer:
         input_norm=checkpoint.norm(f"{prefix}.input_layernorm.weight"),
         post_attention_norm=checkpoint.norm(f"{prefix}.post_attention_layernorm.weight"),
         qkv=[matrix(part) for part in ATTENTION],
-        output=matrix("self_attn.o_proj"),
+        output=matrix(OUTPUT),
         gate_up=[matrix(part) for part in MLP],
-        down=matrix("mlp.down_proj"),
-        qkv_bias=bias(ATTENTION),
-        output_bias=bias(["self_attn.o_proj"]),
+        down=matrix(DOWN),
+        qkv_bias=_bias(checkpoint, layer, ATTENTION),
+        output_bias=_bias(checkpoint, layer, (OUTPUT,)),
         sliding_window=config.window(layer) or 0,
+    )
+
+
+def _bias(checkpoint: Checkpoint, layer: int, parts: Sequence[str]) -> Floats | None:
+    """Biases of linears one after the other, zeros where one has none; None where none has."""
+    names = {part: f"model.layers.{layer}.{part}.bias" for part in parts}
+    if not any(name in checkpoint.store for name in names.values()):
+        return None
+    shapes = checkpoint.config.linear_shapes(layer)
+    return np.concatenate(
+        [
+            checkpoint.dense(name, shapes[part][:1])
+            if name in checkpoint.store
+            else np.zeros(shapes[part][0], dtype=np.float32)
+            for part, name in names.items()
+        ]
     )
 
 
@@ -307,13 +315,6 @@ def _embedding(checkpoint: Checkpoint) -> NDArray[np.generic]:
     if store.dtype(EMBEDDING) not in ("F32", "F16", "BF16") or table.ctypes.data % 4:
         return checkpoint.embedding()
     return table
-
-
-def _head(checkpoint: Checkpoint) -> Matrix:
-    name = EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD
-    if name in checkpoint.store and checkpoint.store.dtype(name) == "F16":
-        return Matrix(DenseWeights(checkpoint.store.raw(name)))
-    return Matrix(DenseWeights(checkpoint.head()))
 
 
 def _rotary_table(config: LlamaConfig, num_positions: int) -> tuple[Floats, Floats]:
