@@ -43,6 +43,8 @@ class SoakOptions:
     seconds: float = 1800.0
     clients: int = 12
     abort_share: float = 0.4
+    prompt_words: int = 60
+    max_tokens: int = 96
     sample_seconds: float = 5.0
     max_growth_mb: float = 16.0
     seed: int = 0
@@ -81,20 +83,22 @@ async def _client(options: SoakOptions, number: int, deadline: float, report: So
     transport = ClientOptions(timeout=120.0, retry=NO_RETRY)
     async with GenerationClient(options.address, transport) as client:
         while time.monotonic() < deadline:
-            outcome, num_tokens = await _one_request(client, choice, options.abort_share)
+            outcome, num_tokens = await _one_request(client, choice, options)
             report.outcomes[outcome] += 1
             report.tokens += num_tokens
             await asyncio.sleep(choice.expovariate(20.0))
 
 
 async def _one_request(
-    client: GenerationClient, choice: random.Random, abort_share: float
+    client: GenerationClient, choice: random.Random, options: SoakOptions
 ) -> tuple[str, int]:
     """Outcome and tokens of one request that may be given up after a random number of them."""
-    shared = "Once upon a time there was a road. " * choice.choice([0, 0, 4])
-    prompt = shared + " ".join(choice.choices(WORDS, k=choice.randint(1, 60)))
-    limit = choice.randint(1, 96)
-    patience = choice.randint(0, limit) if choice.random() < abort_share else limit + 1
+    half = max(1, options.prompt_words // 2)
+    shared = [*WORDS * half][:half] if choice.random() < 0.3 else []
+    prompt = " ".join([*shared, *choice.choices(WORDS, k=choice.randint(1, half))])
+    limit = choice.randint(1, options.max_tokens)
+    gives_up = choice.random() < options.abort_share
+    patience = choice.randint(0, limit) if gives_up else limit + 1
     sampling = Sampling(max_tokens=limit, temperature=choice.choice([0.0, 0.8]), ignore_eos=True)
     num_tokens = 0
     try:

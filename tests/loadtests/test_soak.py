@@ -21,6 +21,8 @@ async def test_a_healthy_server_passes(tmp_path: Path) -> None:
                 seconds=3.0,
                 clients=6,
                 sample_seconds=0.5,
+                prompt_words=20,
+                max_tokens=40,
                 max_growth_mb=64.0,
             )
         )
