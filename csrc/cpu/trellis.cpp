@@ -146,6 +146,18 @@ class TrellisEncoder {
     job_.winners = winners_.data();
   }
 
+  // The best states from `start` on.
+  void search(const float *targets, const float *scales, std::uint16_t start,
+              std::uint16_t *states) {
+    job_.targets = targets;
+    job_.scales = scales;
+    job_.start = static_cast<std::uint16_t>(reversed(start, trellis_.state_bits));
+    sweep_ops().viterbi(job_);
+    for (std::int32_t row = 0; row < job_.num_rows; ++row) {
+      states[row] = static_cast<std::uint16_t>(reversed(path_[row], trellis_.state_bits));
+    }
+  }
+
   // values: what the stream in `codes` means.
   void encode(const float *targets, const float *scales, float *values, std::uint8_t *codes) {
     job_.targets = targets;
@@ -253,6 +265,39 @@ std::int32_t vq_sweep_grid(const vq_sweep *sweep, const std::uint8_t *zeros, std
   }
   try {
     sweep_grid(*sweep, zeros, max_code, codes);
+  } catch (const std::bad_alloc &) {
+    return VQ_ERR_MEMORY;
+  }
+  return VQ_OK;
+}
+
+std::int32_t vq_trellis_search(const vq_trellis *trellis, const float *targets,
+                               const float *scales, const std::uint16_t *starts,
+                               std::int32_t num_streams, std::int32_t length,
+                               std::uint16_t *states) {
+  const std::int32_t status = check(trellis);
+  if (status != VQ_OK) {
+    return status;
+  }
+  if (targets == nullptr || scales == nullptr || starts == nullptr || states == nullptr) {
+    return VQ_ERR_NULL;
+  }
+  if (!in_range(num_streams, 1, VQ_MAX_FEATURES) || !in_range(length, 1, VQ_MAX_FEATURES)) {
+    return VQ_ERR_SHAPE;
+  }
+  if (!all_finite(targets, std::int64_t{num_streams} * length)) {
+    return VQ_ERR_NONFINITE;
+  }
+  const std::uint32_t last = (1u << trellis->state_bits) - 1;
+  if (std::any_of(starts, starts + num_streams, [&](std::uint16_t s) { return s > last; })) {
+    return VQ_ERR_SHAPE;
+  }
+  try {
+    TrellisEncoder encoder(*trellis, length);
+    for (std::int64_t stream = 0; stream < num_streams; ++stream) {
+      const std::int64_t at = stream * length;
+      encoder.search(targets + at, scales + at, starts[stream], states + at);
+    }
   } catch (const std::bad_alloc &) {
     return VQ_ERR_MEMORY;
   }

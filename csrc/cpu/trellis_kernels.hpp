@@ -19,6 +19,7 @@ struct ViterbiJob {
   std::int32_t num_rows;
   std::int32_t bits;
   std::int32_t state_bits;
+  std::uint16_t start;  // state before the first row
 
   std::int64_t num_states() const { return std::int64_t{1} << state_bits; }
   std::int64_t num_successors() const { return std::int64_t{1} << bits; }

@@ -110,7 +110,7 @@ void find_path(const ViterbiJob &job) {
   for (std::int64_t s = 0; s < count; ++s) {
     before[s] = kUnreachable;
   }
-  before[0] = 0.0f;
+  before[job.start] = 0.0f;
   for (std::int32_t row = 0; row < job.num_rows; ++row) {
     advance<kBits>(job, row, before, after);
     if ((row + 1) % kRenormalizeRows == 0) {

@@ -56,6 +56,14 @@ VQ_API int32_t vq_sweep_trellis(const vq_sweep *sweep, const vq_trellis *trellis
 VQ_API int32_t vq_sweep_grid(const vq_sweep *sweep, const uint8_t *zeros, int32_t max_code,
                              uint8_t *codes);
 
+/* Best paths of num_streams pieces of streams, one after the other: states [num_streams][length] out,
+ * each from its own start state (state before the piece). targets and scales are
+ * [num_streams][length]; what counts is (target - scale * level)^2. Nothing is pushed on.
+ * VQ_ERR_NONFINITE: targets hold NaN or infinity. */
+VQ_API int32_t vq_trellis_search(const vq_trellis *trellis, const float *targets,
+                                 const float *scales, const uint16_t *starts, int32_t num_streams,
+                                 int32_t length, uint16_t *states);
+
 /* The levels of codes: [num_columns][num_rows]. */
 VQ_API int32_t vq_trellis_decode(const vq_trellis *trellis, const uint8_t *codes,
                                  int32_t num_columns, int32_t num_rows, int8_t *levels);

@@ -110,6 +110,7 @@ _SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]
     "vq_sweep_trellis": (_I32, (_PTR, _PTR, _PTR)),
     "vq_sweep_grid": (_I32, (_PTR, _PTR, _I32, _PTR)),
     "vq_trellis_decode": (_I32, (_PTR, _PTR, _I32, _I32, _PTR)),
+    "vq_trellis_search": (_I32, (_PTR, _PTR, _PTR, _PTR, _I32, _I32, _PTR)),
     "vq_scq1_open": (_I32, (_PTR, _PTR)),
     "vq_scq1_close": (None, (_PTR,)),
     "vq_scq1_unpack": (_I32, (_PTR, _PTR, _PTR)),

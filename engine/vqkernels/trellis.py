@@ -26,6 +26,7 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.int8]
+States = npt.NDArray[np.uint16]
 
 
 class TrellisStruct(ctypes.Structure):
@@ -170,6 +171,34 @@ def sweep_grid(sweep: Sweep, zeros: Bytes, max_code: int) -> tuple[Bytes, Floats
     )
     check_status(status, f"sweep_grid of {sweep.columns.shape} with codes up to {max_code}")
     return codes, errors
+
+
+def search_trellis(trellis: Trellis, targets: Floats, scales: Floats, starts: States) -> States:
+    """States uint16 (n, length) of the best pieces of n streams; see ``vq_trellis_search``.
+
+    targets, scales: float32 (n, length). starts: uint16 (n,), the states before the pieces.
+
+    Raises:
+        NonFiniteError: targets hold NaN or infinity.
+        NativeUnavailableError: there is no native library.
+    """
+    count, length = targets.shape
+    _check("targets", targets, np.float32, (count, length))
+    _check("scales", scales, np.float32, (count, length))
+    _check("starts", starts, np.uint16, (count,))
+    states = np.empty((count, length), np.uint16)
+    code = trellis.struct()
+    status = load_library().vq_trellis_search(
+        ctypes.byref(code),
+        targets.ctypes.data,
+        scales.ctypes.data,
+        starts.ctypes.data,
+        count,
+        length,
+        states.ctypes.data,
+    )
+    check_status(status, f"search_trellis of {count} streams of {length}")
+    return states
 
 
 def decode_trellis(trellis: Trellis, codes: Bytes, num_rows: int) -> Levels:
