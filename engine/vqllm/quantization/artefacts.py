@@ -101,15 +101,13 @@ class WorkFolder:
         if not record.is_file():
             return None
         fields = _read_json(record)
+        if not path.is_file() or _sha256(path) != fields.get("sha256"):
+            raise CorruptArtefact(f"{path} does not match the hash in {record.name}; {_REMEDY}")
         try:
-            if _sha256(path) != fields["sha256"]:
-                raise CorruptArtefact(f"{path} does not match its hash; {_REMEDY}")
             linear = read_linear(safetensors.numpy.load_file(path), fields["entry"])
             loss, damping = float(fields["relative_error"]), float(fields["damping"])
-        except (OSError, KeyError, TypeError) as error:
-            raise CorruptArtefact(
-                f"{record} or its tensors are damaged ({error!r}); {_REMEDY}"
-            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptArtefact(f"{record} is damaged ({error!r}); {_REMEDY}") from error
         return QuantizedPart(name, linear, loss, damping)
 
     def parts(self, names: Iterable[str]) -> Iterator[QuantizedPart]:

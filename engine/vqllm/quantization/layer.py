@@ -17,9 +17,10 @@ from vqllm.quantization.correction import corrected
 from vqllm.quantization.hessian import HessianFactor, factorize
 from vqllm.quantization.mappers import Mapper
 from vqllm.quantization.methods import method_of
-from vqllm.quantization.moments import MomentSums
+from vqllm.quantization.moments import Moments, MomentSums
 
 TRIAL_ROWS = 128
+_GRAM_COLUMNS = 4096
 _TRIAL_RUN = 16  # neighbouring rows of a trial, a multiple of every vector length
 
 
@@ -78,9 +79,12 @@ class GroupQuantizer:
             hessian.diagonal().copy_(diagonal)
             factor = factorize(hessian, damping, overwrite=True)
             parts = [part for part in tasks if chosen[part] == damping]
-            jobs = [self._job(tasks[part], moments.cross_of(part)) for part in parts]
-            done = self.mapper.map(_run, factor, jobs)
-            for part, (linear, error) in zip(parts, done, strict=True):
+            jobs = [self._job(part, tasks[part], moments, factor) for part in parts]
+            if len(results) + len(parts) == len(tasks):
+                moments.cross = None  # as large as a weight in float64
+            for part, (linear, error) in zip(
+                parts, self.mapper.map(_run, factor, jobs), strict=True
+            ):
                 results[part] = LinearResult(linear, error, damping)
         return results
 
@@ -95,58 +99,73 @@ class GroupQuantizer:
         if sums.held_out is None or len(self.dampings) == 1:
             return dict.fromkeys(tasks, self.dampings[0])
         held_out = sums.held_out.hessian.total
-        trials = [self._trial(part, task, sums) for part, task in tasks.items()]
         errors = []
         for damping in self.dampings:
-            shared = factorize(sums.training.hessian.total, damping), held_out
-            errors.append(self.mapper.map(_trial_error, shared, trials))
+            factor = factorize(sums.training.hessian.total, damping)
+            trials = [self._trial(part, task, sums, factor) for part, task in tasks.items()]
+            errors.append(self.mapper.map(_trial_error, (factor, held_out), trials))
         best = torch.tensor(errors, dtype=torch.float64).argmin(0).tolist()
         return {part: self.dampings[index] for part, index in zip(tasks, best, strict=True)}
 
-    def _job(self, task: LinearTask, cross: Tensor | None) -> _Job:
-        return _Job(task.weight, cross, task.options, self.alpha)
+    def _job(
+        self,
+        part: str,
+        task: LinearTask,
+        moments: Moments,
+        factor: HessianFactor,
+        rows: slice | Tensor = slice(None),
+    ) -> LinearTask:
+        """The weight, or rows of it, moved towards the full-precision outputs."""
+        cross = moments.cross_of(part, rows)
+        if cross is None or not self.alpha:
+            return LinearTask(task.weight[rows], task.options)
+        target = corrected(task.weight[rows], cross, factor, self.alpha)
+        return LinearTask(target, task.options)
 
-    def _trial(self, part: str, task: LinearTask, sums: MomentSums) -> _Trial:
+    def _trial(
+        self, part: str, task: LinearTask, sums: MomentSums, factor: HessianFactor
+    ) -> _Trial:
         rows = _sampled_rows(task.weight.shape[0])
-        sampled = LinearTask(task.weight[rows], task.options)
-        job = self._job(sampled, sums.training.cross_of(part, rows))
         held_out = None if sums.held_out is None else sums.held_out.cross_of(part, rows)
-        return _Trial(job, held_out)
-
-
-@dataclass(frozen=True)
-class _Job:
-    weight: Tensor
-    cross: Tensor | None
-    options: MethodOptions
-    alpha: float
+        job = self._job(part, task, sums.training, factor, rows)
+        return _Trial(
+            job, task.weight[rows], None if held_out is None else 2 * self.alpha * held_out
+        )
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Sampled rows of a job, with the held-out cross moment of the same rows."""
+    """Sampled rows of a linear.
 
-    job: _Job
-    held_out: Tensor | None
+    Attributes:
+        weight: (n, in) as they are, without the correction.
+        pull: (n, in) float64, 2 alpha times the held-out cross moment, or None.
+    """
+
+    job: LinearTask
+    weight: Tensor
+    pull: Tensor | None
 
 
-def _run(factor: HessianFactor, job: _Job) -> tuple[QuantizedLinear, float]:
-    target = _target(factor, job)
-    linear: QuantizedLinear = method_of(job.options.method).quantize(target, factor, job.options)
-    return linear, _relative_error(target, linear, factor.hessian)
+def _run(factor: HessianFactor, job: LinearTask) -> tuple[QuantizedLinear, float]:
+    linear = _quantized(factor, job)
+    return linear, _relative_error(job.weight, linear, factor.hessian)
 
 
-def _target(factor: HessianFactor, job: _Job) -> Tensor:
-    if job.cross is None:
-        return job.weight
-    return corrected(job.weight, job.cross, factor, job.alpha)
+def _quantized(factor: HessianFactor, job: LinearTask) -> QuantizedLinear:
+    quantize = method_of(job.options.method).quantize
+    linear: QuantizedLinear = quantize(job.weight, factor, job.options)
+    return linear
 
 
 def _relative_error(target: Tensor, linear: QuantizedLinear, hessian: Tensor) -> float:
-    gram = hessian.float()
-    difference = torch.from_numpy(linear.dequantize()) - target
-    error = ((difference @ gram) * difference).sum().item()
-    signal = ((target @ gram) * target).sum().item()
+    difference = torch.from_numpy(linear.dequantize()).sub_(target)
+    error, signal = 0.0, 0.0
+    for start in range(0, len(hessian), _GRAM_COLUMNS):
+        columns = slice(start, start + _GRAM_COLUMNS)
+        gram = hessian[:, columns].float()
+        error += ((difference @ gram) * difference[:, columns]).sum().item()
+        signal += ((target @ gram) * target[:, columns]).sum().item()
     return error / signal if signal > 0 else 0.0
 
 
@@ -162,10 +181,9 @@ def _sampled_rows(num_rows: int) -> Tensor:
 def _trial_error(shared: tuple[HessianFactor, Tensor], trial: _Trial) -> float:
     """|(Q - W) Xq - alpha W (Xfp - Xq)|^2 over held-out rows, up to a constant."""
     factor, hessian = shared
-    job = trial.job
-    linear = method_of(job.options.method).quantize(_target(factor, job), factor, job.options)
-    difference = torch.from_numpy(linear.dequantize()).double() - job.weight
+    linear = _quantized(factor, trial.job)
+    difference = torch.from_numpy(linear.dequantize()).double() - trial.weight
     error = ((difference @ hessian) * difference).sum()
-    if trial.held_out is not None:
-        error -= 2 * job.alpha * (difference * trial.held_out).sum()
+    if trial.pull is not None:
+        error -= (difference * trial.pull).sum()
     return float(error)

@@ -165,9 +165,12 @@ class _Estimate:
         return weights + waiting + self._forward(layer) + max(self._groups(layer))
 
     def _lean_block(self, layer: int) -> int:
-        largest = max(r * c for r, c in self._config.linear_shapes(layer).values())
-        reading = self._weights(layer) + self._forward(layer) * self._streams
-        return max(reading, max(self._groups(layer)) + 3 * _FLOAT * largest) + self._forward(layer)
+        reading = self._weights(layer)
+        forward = self._forward(layer) * self._streams
+        largest = max(
+            rows * columns for rows, columns in self._config.linear_shapes(layer).values()
+        )
+        return max(reading, 2 * _FLOAT * largest + forward, *self._groups(layer))
 
     def _forward(self, layer: int) -> int:
         """Activations of one batch inside the block."""
@@ -185,16 +188,21 @@ class _Estimate:
         ]
 
     def _group(self, shapes: list[tuple[int, int]]) -> int:
-        """Moments, factor and working copies of linears that share an input."""
+        """The larger of counting moments with one batch of inputs, and quantizing from them."""
         columns = shapes[0][1]
         outputs, largest = sum(s[0] for s in shapes), max(s[0] for s in shapes)
-        square = columns * columns
+        square, weights = columns * columns, _FLOAT * columns * outputs
         cross = _DOUBLE * columns * min(columns, outputs) if self._streams == 2 else 0
-        targets = _DOUBLE * columns * outputs if self._streams == 2 else 0
-        factor = _FLOAT * square + (4 * _DOUBLE * square if columns < BLOCKED_FROM else 0)
-        extra = _DOUBLE * square if self._halves == 2 else _FLOAT * square
         sums = self._halves * (_DOUBLE * square + cross)
-        return sums + factor + extra + targets + 4 * _FLOAT * columns * largest
+        if columns < BLOCKED_FROM:
+            factor = _FLOAT * square + 4 * _DOUBLE * square
+        else:
+            factor = _FLOAT * square + (_DOUBLE * square if self._halves == 2 else 0)
+        correcting = _DOUBLE * columns * largest if self._streams == 2 and columns <= outputs else 0
+        working = _FLOAT * square + 4 * _FLOAT * columns * largest  # of a method
+        counting = sums + _FLOAT * square + _FLOAT * self._batch_tokens * columns * self._streams
+        quantizing = sums - (cross if self._halves == 1 else 0) + factor + working
+        return weights + max(counting, sums + factor + correcting, quantizing)
 
 
 def _gigabytes(num_bytes: int) -> str:

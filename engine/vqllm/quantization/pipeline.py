@@ -72,16 +72,26 @@ def quantize_model(
         DiskFull, CorruptArtefact: from the store.
     """
     check_recipe(source, windows, recipe)
-    surroundings = surroundings or Surroundings()
-    with torch.inference_mode():
-        spill = surroundings.spill_folder
-        streams = Streams(source, windows, recipe.alpha > 0, spill)
-        for layer in range(source.config.num_layers):
-            block = Block.open(source, layer, windows.shape[1], spill and spill / str(layer))
-            surroundings.release()
-            yield from _BlockRun(layer, block, recipe, surroundings).run(streams)
-            if spill is not None:
-                shutil.rmtree(spill / str(layer))
+    parts = _quantize_blocks(source, windows, recipe, surroundings or Surroundings())
+    while True:
+        with torch.no_grad():  # around each step: a suspended generator would leak the mode
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
+
+
+def _quantize_blocks(
+    source: WeightSource, windows: Windows, recipe: Recipe, surroundings: Surroundings
+) -> Iterator[QuantizedPart]:
+    spill = surroundings.spill_folder
+    streams = Streams(source, windows, recipe.alpha > 0, spill)
+    for layer in range(source.config.num_layers):
+        block = Block.open(source, layer, windows.shape[1], spill and spill / str(layer))
+        surroundings.release()
+        yield from _BlockRun(layer, block, recipe, surroundings).run(streams)
+        if spill is not None:
+            shutil.rmtree(spill / str(layer))
 
 
 def check_recipe(source: WeightSource, windows: Windows, recipe: Recipe) -> None:

@@ -46,7 +46,7 @@ def _run(
     function: Callable[[Shared, Job], Result], shared: Shared, job: Job, threads: int
 ) -> Result:
     torch.set_num_threads(threads)
-    with torch.inference_mode():
+    with torch.no_grad():
         return function(shared, job)
 
 
