@@ -4,7 +4,8 @@
 #   TORCH_INDEX  index URL to take torch from (PyTorch's CPU wheel index spares the CUDA download)
 #   IMAGES       photographs for `make demo`, space separated
 #   PYTEST_ARGS  further arguments for `make test`
-#   JSON         folder where `make bench-scq` also writes its rows
+#   JSON         folder where the `make bench-...` targets also write their rows
+#   VQ_ISA       tier of the CPU kernels for `make test`: baseline, avx2, avx512 or avx512_vbmi
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,7 +26,7 @@ export UV_FIND_LINKS := $(if $(UV_FIND_LINKS),$(UV_FIND_LINKS),$(PIP_FIND_LINKS)
 # Two busy cores and nested thread pools do not mix: one thread per test process.
 TEST_ENV = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo serve stop test check lint types imports proto-check proto format bench bench-scq load docker-lint tools clean
+.PHONY: help demo serve stop test check lint types imports proto-check proto format bench bench-scq bench-quant bench-llm bench-gpu soak load docker-lint tools clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -106,6 +107,20 @@ bench: $(VENV)/.ready ## measure the native kernels side by side with their peer
 bench-scq: $(VENV)/.ready ## measure the SCQ solvers and the frame codec side by side with their peers
 	@OMP_NUM_THREADS=1 $(BIN)/python -m scq.bench_solver $(if $(JSON),--json $(JSON)/solver.json)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m scq.bench_codec $(if $(JSON),--json $(JSON)/codec.json)
+
+bench-quant: $(VENV)/.ready ## measure the quantizers side by side with their peers
+	@$(BIN)/python -m vqllm.evaluation.bench $(if $(JSON),--json $(JSON)/quantization.json)
+
+bench-llm: $(VENV)/.ready ## measure decoding and prefill side by side with ONNX Runtime and llama.cpp
+	@$(BIN)/vqllm bench $(if $(JSON),--json $(JSON)/llm.json)
+
+# Needs no set-up but torch with CUDA and nvcc (or the NVRTC that torch brings): runs from the tree.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu: ## check and measure the CUDA kernels on this machine's GPU
+	@PYTHONPATH=engine $(GPU_PYTHON) -m vqkernels.cuda.bench $(if $(JSON),--json $(JSON)/gpu.json)
+
+soak: $(VENV)/.ready ## half an hour of clients that come, leave and give up (SECONDS=1800)
+	@PYTHONPATH=examples $(BIN)/python -m demo.soak --seconds $(or $(SECONDS),1800)
 
 load: $(VENV)/.ready ## short open-loop load test of both services on loopback
 	@PYTHONPATH=examples $(BIN)/python -m demo.load
