@@ -139,7 +139,7 @@ def relative_error(weights: CudaWeights, x: Tensor) -> float:
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """The work as a graph, after one run outside it."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         work()
     torch.cuda.synchronize()
