@@ -72,7 +72,7 @@ def test_quantize_then_generate_then_evaluate(
         (("info", "no-such-folder"), "no-such-folder"),
         (("fetch", "gpt5"), "known: smollm2"),
         (("generate", "no-such-folder", "hi", "--temperature", "9"), "temperature is 9.0"),
-        (("quantize", "no-such-folder", "-o", "out", "--bits", "5"), "bits is 5"),
+        (("quantize", "no-such-folder", "-o", "out", "--bits", "7"), "bits is 7"),
     ],
 )
 def test_mistakes_end_with_one_line_and_no_traceback(
