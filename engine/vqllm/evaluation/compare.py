@@ -112,10 +112,41 @@ class Comparison:
             for name, path in config.texts.items()
         }
         checkpoint = Checkpoint(config.reference)
-        self._revision = checkpoint.info().revision
+        info = checkpoint.info()
+        self.title, self._revision = info.name, info.revision
+        self._size = info.num_parameters
         self._source = PlainSource(checkpoint)
         self._references: dict[str, StoredReference] = {}
         (config.output / "rows").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def facts(self) -> str:
+        """What the rows rest on, one paragraph."""
+        config = self._config
+        texts = "; ".join(
+            f"{name}: `{text.name}` (SHA-256 {text.sha256[:12]}), {len(text.windows)} windows "
+            f"({text.selection}) of {text.windows.shape[1]} tokens"
+            for name, text in self.texts.items()
+        )
+        calibration = (
+            "the package's text" if config.calibration is None else config.calibration.name
+        )
+        return (
+            f"{self._size / 1e6:.1f} M parameters, revision {self._revision}. {texts}. All arms "
+            f"calibrate on the same {config.calibration_windows} windows of "
+            f"{config.calibration_length} tokens of {calibration}, other windows for every seed."
+        )
+
+    def kept(self, arms: Sequence[Arm]) -> list[Row]:
+        """Rows of these arms that were made before and still hold, in the arms' order."""
+        rows = []
+        for arm in arms:
+            for seed in self._config.seeds:
+                path = self._path(arm, seed)
+                row = read_row(path) if path.is_file() else None
+                if row is not None and row.fingerprint == self._fingerprint(arm, seed):
+                    rows.append(row)
+        return rows
 
     def run(self, arms: Sequence[Arm]) -> list[Row]:
         """A row for every arm and seed; one that fails says why and stops nobody."""
@@ -129,7 +160,7 @@ class Comparison:
         reason = arm.missing()
         if reason is not None:
             return Row(arm.name, arm.family, seed, failure=reason)
-        path = self._config.output / "rows" / f"{slug(arm.name)}-seed{seed}.json"
+        path = self._path(arm, seed)
         fingerprint = self._fingerprint(arm, seed)
         kept = read_row(path) if path.is_file() else None
         if kept is not None and kept.fingerprint == fingerprint:
@@ -144,6 +175,9 @@ class Comparison:
         shown = ", ".join(f"{name} {r['ratio']:.4f}" for name, r in row.results.items())
         self._report(f"{arm.name}, seed {seed}: {row.bpw:.3f} bpw, {row.seconds:.0f} s, {shown}")
         return row
+
+    def _path(self, arm: Arm, seed: int) -> Path:
+        return self._config.output / "rows" / f"{slug(arm.name)}-seed{seed}.json"
 
     def _make(self, arm: Arm, seed: int, fingerprint: str) -> Row:
         work = self._config.output / "work" / f"{slug(arm.name)}-seed{seed}"

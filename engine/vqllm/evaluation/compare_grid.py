@@ -35,11 +35,16 @@ class PeerPaths:
 
 
 def our_arm(method: str, bits: float, preprocess: str, *options: str) -> OurArm:
-    """`vqllm quantize` with the defaults of a method, and `options` on top."""
+    """`vqllm quantize` with a method's defaults, and `options` on top.
+
+    `preprocess` empty leaves it to the method.
+    """
     budget = ("--bits", str(int(bits))) if bits == int(bits) else ("--bpw", str(bits))
-    words = ("--method", method, *budget, "--preprocess", preprocess, *options)
+    how = ("--preprocess", preprocess) if preprocess else ()
+    words = ("--method", method, *budget, *how, *options)
+    kind = "" if bits == int(bits) else "bpw"
     suffix = " ".join(options).replace("--", "")
-    name = f"{method} {bits:g} {preprocess} {suffix}".replace(" none", "").strip()
+    name = " ".join(part for part in (method, f"{bits:g}", kind, preprocess, suffix) if part)
     return OurArm(name, words, seeded=method != "rtn")
 
 

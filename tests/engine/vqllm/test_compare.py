@@ -20,6 +20,7 @@ from gguf.quants import quantize
 from vqllm.checkpoint import Checkpoint
 from vqllm.cli import main
 from vqllm.errors import CorruptCheckpoint, EvaluationError, InvalidConfig, UnsupportedModel
+from vqllm.evaluation import bench
 from vqllm.evaluation.compare import Comparison, ComparisonConfig, Row, read_row, slug
 from vqllm.evaluation.compare_arms import OurArm, PeerArm, PublishedArm, run_measured
 from vqllm.evaluation.compare_grid import PeerPaths, baselines, our_grid, parse_arm, peers
@@ -300,3 +301,21 @@ def test_the_command_writes_three_tables(
     assert "llama.cpp Q2_K: no folder" in captured.out
     for suffix in ("md", "csv", "json"):
         assert (tmp_path / "out" / f"comparison.{suffix}").stat().st_size > 100
+
+
+def test_the_benchmark_writes_its_page_and_keeps_rows(
+    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [tiny_folder, "--text", f"foxes={text}", "--output", tmp_path, "--work", tmp_path / "w"]
+    words += ["--calibration", text, "--windows", "4", "--window-length", "64"]
+    words += ["--seeds", "1", "--threads", "1"]
+    bench.main([str(word) for word in [*words, "--only", "rtn 4,q2_k"]])
+    assert "RTN 4, seed 0" in capsys.readouterr().err
+    bench.main([str(word) for word in [*words, "--only", "none of them"]])
+    page = (tmp_path / "quantization.md").read_text()
+    for part in ("| RTN 4 |", "## Reference tiny", "4 windows (spread) of 64", "Cost model"):
+        assert part in page
+    assert json.loads((tmp_path / "quantization.json").read_text())["references"]["tiny"]["rows"]
+    assert "RTN 4" in (tmp_path / "quantization.csv").read_text()
+    with pytest.raises(InvalidConfig, match="NAME=FILE"):
+        bench.main([str(tiny_folder), "--text", "file.txt"])
