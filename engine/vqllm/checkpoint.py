@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vqllm.errors import CorruptCheckpoint, UnsupportedModel
 from vqllm.formats.base import FolderFormat
-from vqllm.formats.gptq import GptqFormat, ZeroPoints
+from vqllm.formats.gptq import WHOLE_COLUMN, GptqFormat, ZeroPoints
 from vqllm.formats.vptq import VptqFormat
 from vqllm.formats.vqstack import VqstackFormat
 from vqllm.model_config import LlamaConfig, parse_config, read_config
@@ -155,14 +155,14 @@ class Checkpoint:
             linear_bytes=linear_bytes,
             embedding_bpw=self._embedding_bpw(),
             file_bytes=sum(path.stat().st_size for path in self.store.files),
-            is_rotated=form is not None and bool(form.transform),
+            is_rotated=form is not None and form.is_online,
         )
 
     def _group_size(self) -> int:
         """Of a folder whose linears agree on it, else 0."""
         form = self.quantization
         if isinstance(form, GptqFormat):
-            return form.spec.group_size
+            return 0 if form.spec.group_size == WHOLE_COLUMN else form.spec.group_size
         if isinstance(form, VqstackFormat):
             sizes = {entry.get("group_size", 0) for entry in form.layers.values()}
             methods = {entry.get("method") for entry in form.layers.values()}

@@ -17,6 +17,9 @@ from vqllm.tensor_store import TensorStore
 
 Shape = tuple[int, int]
 
+# Fields of a `ModelTransform` that a runner of the folder has to compute.
+ONLINE_SEEDS = frozenset({"residual_seed", "down_seed"})
+
 
 class FolderFormat(ABC):
     """The `quantization_config` of one folder, and how to read its linears.
@@ -48,6 +51,11 @@ class FolderFormat(ABC):
     def transform(self) -> dict[str, Any]:
         """Fields of the transform that a reader has to compute; empty for none."""
         return {}
+
+    @property
+    def is_online(self) -> bool:
+        """Whether a runner has rotations to compute."""
+        return bool(ONLINE_SEEDS & self.transform.keys())
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vqllm.tensor_store import TensorStore
 logger = logging.getLogger(__name__)
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_WHOLE_COLUMN = -1
+WHOLE_COLUMN = 1 << 20  # beyond the longest column: one group per output, written as -1
 # Weights have a mean near zero, so the mean of code - zero tells the offset of the zero points;
 # it counts as evidence within this many steps of one of the two candidates. Finer grids have steps
 # that are small beside the mean that a layer may well have.
@@ -104,8 +104,8 @@ class GptqFormat(FolderFormat):
 
 
 def _spec(bits: int, group_size: object) -> GroupedSpec:
-    if group_size == _WHOLE_COLUMN:  # one group per output: any size beyond the longest column
-        return GroupedSpec(bits, 1 << 20)
+    if group_size == -1:
+        return GroupedSpec(bits, WHOLE_COLUMN)
     if not isinstance(group_size, int) or group_size < 16 or group_size & (group_size - 1):
         raise UnsupportedModel(
             f"GPTQ with group_size={group_size!r}; readable are -1 and powers of two from 16 on"

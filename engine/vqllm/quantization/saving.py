@@ -26,7 +26,7 @@ from vqllm.checkpoint import (
     write_json,
 )
 from vqllm.errors import InvalidConfig, VqllmError
-from vqllm.formats.base import FolderFormat
+from vqllm.formats.base import ONLINE_SEEDS, FolderFormat
 from vqllm.formats.gptq import GptqFormat
 from vqllm.formats.vptq import VptqFormat
 from vqllm.formats.vqstack import EMBEDDING_BITS, VqstackFormat
@@ -101,7 +101,7 @@ class FolderPlan:
     @property
     def needs_vqstack(self) -> bool:
         """Whether a reader has more to do than any standard format can say."""
-        online = {"residual_seed", "down_seed"} & self.transform.keys()
+        online = ONLINE_SEEDS & self.transform.keys()
         return bool(online or self.embedding_bits) or self.form == "vqstack"
 
 

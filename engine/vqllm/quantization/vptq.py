@@ -3,8 +3,8 @@
 Liu et al., "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models",
 2024, in its file format. The search differs from the released one: columns are scaled by their rms
 with the hessian rescaled alike, k-means is seeded, residual entries are searched by a beam, and
-after the sweep codebooks, scales and biases are refitted in closed form, in turns with coordinate
-descent over the indices. `vqllm.quantization.vptq_published` keeps the released way.
+after a sweep codebooks, scales and biases are refitted in closed form, in turns with new sweeps and
+coordinate descent over the indices. `vqllm.quantization.vptq_published` keeps the released way.
 
 Works on one weight matrix and one hessian; knows no model, no file and no progress bar.
 """
@@ -43,7 +43,8 @@ class VptqOptions:
         has_norm: give every column a scale and a bias (32 bits per column).
         beam: main entries that are tried with their best residual entry.
         kmeans_steps: Lloyd iterations.
-        num_rounds: turns of refit and coordinate descent after the sweep.
+        num_rounds: turns of refit and new choice of all indices after the first sweep; the last
+            one chooses by coordinate descent, those before by another sweep.
         seed: of k-means.
         is_published: quantize as the released tool does, for comparison.
 
@@ -61,7 +62,7 @@ class VptqOptions:
     has_norm: bool = True
     beam: int = 8
     kmeans_steps: int = 12
-    num_rounds: int = 2
+    num_rounds: int = 3
     seed: int = 0
     is_published: bool = False
 
@@ -109,10 +110,10 @@ def quantize_vptq(weight: Tensor, factor: HessianFactor, options: VptqOptions) -
 
         return quantize_as_published(weight, factor, options)
     columns = weight.T.contiguous()
-    hessian = factor.hessian.float()
+    hessian = (factor.hessian / factor.hessian.diagonal().mean()).float()
     order = table_order(factor, options.spec)
     scales, biases = _start_norms(columns, options.has_norm)
-    importance = scales.square() * conditional_weights(factor)
+    importance = scales.square() * column_weights(factor)
     normed = (columns - biases[:, None]) / scales[:, None]
     tables = [
         _trained_table(chosen, normed, importance, options, number)
@@ -120,11 +121,14 @@ def quantize_vptq(weight: Tensor, factor: HessianFactor, options: VptqOptions) -
     ]
     state = Assignment.empty(tables, scales, biases, columns.shape[1])
     sweep(columns, factor, state, options.beam)
-    for _ in range(options.num_rounds):
+    for turn in range(options.num_rounds):
         refit_codebooks(columns, hessian, state)
         if options.has_norm:
             refit_norms(columns, hessian, state)
-        descend(columns, hessian, state, options.beam)
+        if turn + 1 < options.num_rounds:
+            sweep(columns, factor, state, options.beam)
+        else:
+            descend(columns, hessian, state, options.beam)
     refit_codebooks(columns, hessian, state)
     return packed(state, options.spec, order)
 
@@ -150,14 +154,17 @@ def split_columns(order: Tensor, spec: VptqSpec) -> list[Tensor]:
     return [order[:first], *groups] if first else groups
 
 
-def conditional_weights(factor: HessianFactor) -> Tensor:
-    """(in,) float32: what a squared error of a column costs once later columns make up for it.
+def column_weights(factor: HessianFactor) -> Tensor:
+    """(in,) float32: what a squared error of a column costs, for k-means.
 
-    That is 1 / U[j, j]^2, the variance of input j given the inputs swept after it.
+    The geometric mean of two extremes: the hessian's diagonal, as if no column made up for
+    another, and 1 / U[j, j]^2, the variance of input j given those swept after it, as if all
+    later ones did so perfectly. Either alone was up to 4 % worse on held-out text.
     """
-    weights = torch.empty_like(factor.upper.diagonal())
-    weights[factor.order] = factor.upper.diagonal().square().reciprocal()
-    return weights
+    diagonal = factor.hessian.diagonal().float()
+    conditional = torch.empty_like(diagonal)
+    conditional[factor.order] = factor.upper.diagonal().square().reciprocal()
+    return (diagonal / diagonal.mean() * conditional / conditional.mean()).sqrt()
 
 
 def _start_norms(columns: Tensor, has_norm: bool) -> tuple[Tensor, Tensor]:

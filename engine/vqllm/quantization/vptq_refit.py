@@ -2,7 +2,7 @@
 
 With indices fixed the weight is linear in the codebooks, so tr((W - Q) H (W - Q)') has normal
 equations; they are solved by conjugate gradients, whose one costly product is a matrix product with
-H. Scales and biases of all columns have normal equations of size 2 in, solved directly.
+H. Scales and biases of a block of columns have small normal equations, solved directly.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 from vqllm.quantization.vptq_sweep import Assignment
 from vqllm.quantization.vptq_tables import Table, padded_rows
 
+NORM_BLOCK = 768  # columns whose scales and biases are solved for together
 _RIDGE = 1e-4
-_TINY = 2.0**-20
+_TINY = 1e-6  # of the mean diagonal, for entries that nothing uses
 
 
-def refit_codebooks(weight: Tensor, hessian: Tensor, state: Assignment, num_steps: int = 8) -> None:
+def refit_codebooks(weight: Tensor, hessian: Tensor, state: Assignment, num_steps: int = 4) -> None:
     """Move the codebooks of `state` towards their optimum for `weight` transposed (in, out)."""
     layout = _Layout(state)
     target = weight - state.weights()
@@ -87,7 +88,7 @@ class _Layout:
             per_use = weights[part.table.columns][:, None].expand(part.codes.shape)
             total = weights.new_zeros(len(part.entries))
             total.index_add_(0, part.codes.flatten(), per_use.flatten())
-            found.append(total[:, None] + _TINY)
+            found.append(total[:, None] + _TINY * total.mean())
         return found
 
     def move(self, changes: list[Tensor]) -> None:
@@ -139,14 +140,31 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> float:
 
 
 def refit_norms(weight: Tensor, hessian: Tensor, state: Assignment) -> None:
-    """Set scales and biases to their optimum for `weight` transposed (in, out).
+    """Move scales and biases to their optimum for `weight` transposed (in, out), block by block.
 
     A column's scale may change by a factor of two at most, so that no column collapses.
     """
     values = state.table_values()
-    count, sums = state.num_rows, values.sum(1)
     pull = hessian @ (weight - values * state.scales[:, None] - state.biases[:, None])
-    right = torch.cat([(values * pull).sum(1), pull.sum(1)])
+    scales, biases = state.scales.clone(), state.biases.clone()
+    for start in range(0, len(scales), NORM_BLOCK):
+        block = slice(start, start + NORM_BLOCK)
+        step = _norm_step(values[block], hessian[block, block], pull[block])
+        if step is None:
+            continue
+        old_scales, old_biases = scales[block].clone(), biases[block].clone()
+        allowed = torch.maximum(old_scales / 2, torch.minimum(old_scales + step[0], 2 * old_scales))
+        scales[block], biases[block] = rounded(allowed), rounded(old_biases + step[1])
+        change = values[block] * (scales[block] - old_scales)[:, None]
+        change += (biases[block] - old_biases)[:, None]
+        pull.addmm_(hessian[:, block], change, alpha=-1)
+    state.scales, state.biases = scales, biases
+
+
+def _norm_step(values: Tensor, hessian: Tensor, pull: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Best changes of scales and biases (n,) of some columns, or None where there is no best."""
+    num_columns, count = values.shape
+    sums = values.sum(1)
     matrix = torch.cat(
         [
             torch.cat([hessian * (values @ values.T), hessian * sums[:, None]], 1),
@@ -154,16 +172,13 @@ def refit_norms(weight: Tensor, hessian: Tensor, state: Assignment) -> None:
         ]
     )
     diagonal = matrix.diagonal()
-    diagonal += _RIDGE * diagonal + _TINY
+    diagonal += _RIDGE * diagonal + _TINY * diagonal.mean()
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
-        return
+        return None
+    right = torch.cat([(values * pull).sum(1), pull.sum(1)])
     change = torch.cholesky_solve(right[:, None], lower)[:, 0]
-    num_columns = len(state.scales)
-    scales = state.scales + change[:num_columns]
-    lowest, highest = state.scales / 2, state.scales * 2
-    state.scales = rounded(torch.minimum(torch.maximum(scales, lowest), highest))
-    state.biases = rounded(state.biases + change[num_columns:])
+    return change[:num_columns], change[num_columns:]
 
 
 def rounded(values: Tensor) -> Tensor:
