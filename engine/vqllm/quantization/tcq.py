@@ -24,10 +24,11 @@ from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.base import Arrays, QuantizedLinear, checked_parameters
 from vqllm.quantization.hessian import HessianFactor
 from vqllm.quantization.sweep import Grid, refit_scales, sweep_columns
-from vqllm.quantization.trellis import TrellisCodebook, check_size, codebook_of, decode
+from vqllm.quantization.trellis import DEVIATION, TrellisCodebook, check_size, codebook_of, decode
 
 _SCALE_FLOOR = 2.0**-24  # smallest positive float16, so that no scale rounds to zero
 _LARGEST_HALF = 65504.0
+_SCALE_FACTORS = {1: 1.1, 2: 1.05, 3: 1.1, 4: 1.15, 5: 1.2}  # of rotated SmolLM2 layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class TcqOptions:
         trellis_bits: of a state, 10..16; encoding time doubles with each, decoding does not change.
         group_size: input columns that share a scale per output; 0: all of them.
         column_scales: whether every input column has a factor of its own.
-        scale_factor: scales before the sweep, relative to those of a Gaussian row.
+        scale_factor: scales before the sweep, relative to those of a Gaussian row; None: what
+            served best at this width. Feedback widens the weights, hence more than 1.
         rounds: sweeps; each after the first starts from the scales refitted to the one before.
     """
 
@@ -47,7 +49,7 @@ class TcqOptions:
     trellis_bits: int = 12
     group_size: int = 0
     column_scales: bool = False
-    scale_factor: float = 1.0
+    scale_factor: float | None = None
     rounds: int = 1
 
     method: ClassVar[str] = "tcq"
@@ -56,10 +58,16 @@ class TcqOptions:
         check_size(self.bits, self.trellis_bits)
         if self.group_size < 0:
             raise InvalidConfig("group_size", self.group_size, "0 (one group) or more")
-        if not 0 < self.scale_factor < 4:
+        if self.scale_factor is not None and not 0 < self.scale_factor < 4:
             raise InvalidConfig("scale_factor", self.scale_factor, "a number in (0, 4)")
         if self.rounds < 1:
             raise InvalidConfig("rounds", self.rounds, "at least 1")
+
+    @property
+    def first_scale(self) -> float:
+        """Scale before the sweep of weights of root mean square 1."""
+        factor = self.scale_factor or _SCALE_FACTORS[self.bits]
+        return factor / DEVIATION
 
     def num_groups(self, in_features: int) -> int:
         return -(-in_features // self.group_size) if self.group_size else 1
@@ -186,7 +194,7 @@ def quantize_tcq(weight: Tensor, factor: HessianFactor, options: TcqOptions) -> 
     weight = weight.detach().float().cpu()
     if not weight.abs().max() < _LARGEST_HALF:
         raise UnsupportedModel("the weights are not finite or too large for float16 scales")
-    grid = _first_grid(weight, codebook, options)
+    grid = _first_grid(weight, options)
     hessian = factor.hessian.cpu()
     for _ in range(options.rounds):
         coder = partial(sweep_trellis, trellis=codebook.native())
@@ -201,14 +209,14 @@ def group_index(in_features: int, group_size: int) -> NDArray[np.int32]:
     return (np.arange(in_features) // (group_size or in_features)).astype(np.int32)
 
 
-def _first_grid(weight: Tensor, codebook: TrellisCodebook, options: TcqOptions) -> Grid:
+def _first_grid(weight: Tensor, options: TcqOptions) -> Grid:
     columns = _column_scales(weight) if options.column_scales else None
     scaled = weight if columns is None else weight / columns
     size = options.group_size or weight.shape[1]
     parts = torch.split(scaled, size, dim=1)
     rms = torch.stack([part.square().mean(1).sqrt() for part in parts])
     return Grid(
-        scales=_as_half(rms * (options.scale_factor / codebook.rms)).numpy(),
+        scales=_as_half(rms * options.first_scale).numpy(),
         groups=group_index(weight.shape[1], options.group_size),
         column_scales=None if columns is None else columns.numpy(),
     )
