@@ -114,7 +114,7 @@ def test_shipped_codebooks_are_near_the_rate_distortion_bound(key: str) -> None:
     codes, _ = sweep_trellis(Sweep(samples.copy(), ones, np.zeros(1, np.int32)), codebook.native())
     error = np.square(samples - decode(codebook, codes, samples.shape[1])).mean()
     excess_bits = np.log2(error / DEVIATION**2) / 2 + codebook.bits
-    assert -0.1 < excess_bits < 0.32
+    assert -0.1 < excess_bits < 0.36
 
 
 def test_the_usual_sizes_are_shipped() -> None:
