@@ -1,19 +1,20 @@
 """How much the output of a model suffers from an error in each of its linears, before any is made.
 
-For a small error E in the weights of one linear, the KL divergence of the output is half the Fisher
-form of the change it makes to the linear's outputs y. With g the gradient of the negative
-log-likelihood of labels drawn from the model itself, taken as isotropic over the outputs:
+For a small error E in the weights of one linear, the KL divergence of a window's output is half
+the Fisher form of E: with G the gradient, by that linear's weights, of the negative log-likelihood
+of labels drawn from the model itself,
 
-    KL per token = 1/2 mean_t (g_t' E x_t)^2 ~ 1/2 (mean_t |g_t|^2 / out) tr(E H E').
+    KL = 1/2 mean <G, E>^2, G = sum over tokens of the outputs' gradient times the inputs.
 
-Error feedback along the columns (GPTQ, LDLQ) leaves of a codec's mean squared error D on weights
-of unit variance
+Error feedback along the columns (GPTQ, LDLQ) turns rounding errors R, which are white, into
+E = R diag(1 / u) U, where U' U is the inverse of the hessian and u its factor's diagonal. A codec
+of mean squared error D on weights of unit variance makes errors of variance D s^2 in a row of root
+mean square s. So
 
-    tr(E H E') = D (|W|^2 / in) sum_j c_j,
+    KL = D * 1/2 mean sum_rows s^2 |G U' diag(1 / u)|^2,
 
-where c_j is the variance of input j given the inputs that come after it in the sweep: the squared
-reciprocals of the diagonal of the factor of the inverse hessian. So one pass through the model
-gives, per linear, the KL per unit of D; `allocation.py` spends bits by it.
+and one pass through the model gives, per linear, the KL per unit of D; `allocation.py` spends bits
+by it.
 
 Works block by block: forwards once, keeping what enters every block, then backwards. Knows no
 method.
@@ -21,9 +22,11 @@ method.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqllm.calibration import Windows
@@ -32,7 +35,7 @@ from vqllm.decoder.rope import RotaryTable
 from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import CalibrationError, InvalidConfig
 from vqllm.output_head import OutputHead
-from vqllm.quantization.hessian import Hessian, factorize
+from vqllm.quantization.hessian import Hessian, HessianFactor, factorize
 from vqllm.sources import WeightSource
 
 BATCH_WINDOWS = 2
@@ -80,21 +83,15 @@ def sensitivities(
     for layer in reversed(range(source.config.num_layers)):
         weights = _cast(source.block(layer), config.dtype)
         watch = _Watch(weights)
-        for rows in _batches(len(token_ids)):
-            states = entries[layer][rows].requires_grad_()
+        for window in range(len(token_ids)):
+            states = entries[layer][window : window + 1].requires_grad_()
             with torch.enable_grad():
                 output = watch.run(states, source, rotary)
-                output.backward(gradient[rows])  # type: ignore[no-untyped-call]
-            if states.grad is None:
-                raise CalibrationError(f"block {layer} passes no gradient on")
-            gradient[rows] = states.grad
-        for part, value in watch.sensitivities(source, layer, config.damping).items():
+            (passed,) = torch.autograd.grad(output, states, gradient[window : window + 1])
+            gradient[window] = passed[0]
+        for part, value in watch.sensitivities(layer, config.damping).items():
             found[f"model.layers.{layer}.{part}"] = value
     return {name: found[name] for name in source.linear_names()}
-
-
-def _batches(num_windows: int) -> list[slice]:
-    return [slice(i, i + BATCH_WINDOWS) for i in range(0, num_windows, BATCH_WINDOWS)]
 
 
 def _cast(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
@@ -111,8 +108,8 @@ def _forward(
         for layer in range(source.config.num_layers):
             entries.append(hidden.clone())
             weights = _cast(source.block(layer), dtype)
-            for rows in _batches(len(token_ids)):
-                hidden[rows] = forward_block(hidden[rows], weights, source.config, rotary)
+            for row in torch.split(hidden, BATCH_WINDOWS):
+                row.copy_(forward_block(row, weights, source.config, rotary))
     return entries, hidden
 
 
@@ -125,7 +122,7 @@ def _output_gradients(head: OutputHead, hidden: Tensor, seed: int) -> Tensor:
         with torch.enable_grad():
             logits = head.project(head.normed(states))
             labels = _draw(logits.detach(), generator)
-            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            loss = F.cross_entropy(logits, labels, reduction="sum")
         (gradients[index],) = torch.autograd.grad(loss, states)
     return gradients
 
@@ -137,53 +134,39 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, points).clamp(max=sums.shape[1] - 1)[:, 0]
 
 
-@dataclass
-class _Squares:
-    """Sum of squared norms of the output gradients, and how many rows there were."""
-
-    total: float = 0.0
-    num_rows: int = 0
-
-    def add(self, gradient: Tensor) -> None:
-        self.total += gradient.float().square().sum().item()
-        self.num_rows += gradient[..., 0].numel()
-
-
 class _Watch:
-    """One block that keeps the second moments of its linears' inputs and output gradients."""
+    """One block that keeps the moments of its inputs and its linears' gradients by window."""
 
     def __init__(self, weights: BlockWeights) -> None:
         self.weights = weights
-        self._gradients = {part: _Squares() for part in weights.linears}
+        self._taken = {part: _Gradients() for part in weights.linears}
         self._hessians: dict[tuple[str, ...], Hessian] = {}
         self._num_tokens = 0
 
     def run(self, states: Tensor, source: WeightSource, rotary: RotaryTable) -> Tensor:
-        """The block's output (b, t, d) with gradients, counted on the way back."""
-        self._num_tokens += states.shape[0] * states.shape[1]
-        watched = _WatchedWeights(**vars(self.weights), squares=self._gradients)
+        """The block's output (1, t, d) for one window; gradients are counted on the way back."""
+        self._num_tokens += states.shape[1]
+        watched = _WatchedWeights(**vars(self.weights), taken=self._taken)
         trace = trace_block(states, watched, source.config, rotary)
         while True:
             try:
                 tap = next(trace)
             except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            width = tap.inputs.shape[-1]
-            self._hessians.setdefault(tap.parts, Hessian(width)).add(tap.inputs.detach().float())
+                output: Tensor = stop.value
+                return output
+            inputs = tap.inputs.detach().float()
+            self._hessians.setdefault(tap.parts, Hessian(inputs.shape[-1])).add(inputs)
 
-    def sensitivities(self, source: WeightSource, layer: int, damping: float) -> dict[str, float]:
-        """KL per unit of distortion of every linear of the block."""
+    def sensitivities(self, layer: int, damping: float) -> dict[str, float]:
+        """KL per token and unit of distortion of every linear of the block."""
         found = {}
         for parts, hessian in self._hessians.items():
             factor = factorize(hessian.value, damping)
-            variance = factor.upper.diagonal().double().reciprocal().square().sum().item()
             for part in parts:
-                weight = self.weights.linears[part].float()
-                squares = self._gradients[part]
-                per_output = squares.total / self._num_tokens / weight.shape[0]
-                energy = weight.square().sum().item() / weight.shape[1]
-                found[part] = 0.5 * per_output * energy * variance
-                if not torch.isfinite(torch.tensor(found[part])):
+                variances = self.weights.linears[part].float().square().mean(1)
+                total = self._taken[part].shaped(factor, variances)
+                found[part] = 0.5 * total / self._num_tokens
+                if not math.isfinite(found[part]):
                     raise CalibrationError(
                         f"model.layers.{layer}.{part}: its gradient is not finite; the "
                         "calibration text drives the model out of range"
@@ -192,11 +175,32 @@ class _Watch:
 
 
 @dataclass
+class _Gradients:
+    """Gradients (out, in) of one linear's weight, one per window that reached it."""
+
+    by_window: list[Tensor] = field(default_factory=list)
+
+    def add(self, inputs: Tensor, gradient: Tensor) -> None:
+        """Count one window by what its linear read, (..., in), and its outputs' gradient."""
+        rows, slopes = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+        self.by_window.append(slopes.T @ rows)
+
+    def shaped(self, factor: HessianFactor, variances: Tensor) -> float:
+        """Sum over windows of sum_rows s^2 |G U' diag(1 / u)|^2."""
+        scaled = (factor.upper / factor.upper.diagonal()[:, None]).T
+        norms = [(g[:, factor.order] @ scaled).square().sum(1) for g in self.by_window]
+        return float(sum((norm * variances).sum(dtype=torch.float64) for norm in norms))
+
+
+@dataclass
 class _WatchedWeights(BlockWeights):
-    squares: dict[str, _Squares] = field(default_factory=dict, kw_only=True)
+    taken: dict[str, _Gradients] = field(default_factory=dict, kw_only=True)
 
     def project(self, part: str, inputs: Tensor) -> Tensor:
         outputs = super().project(part, inputs)
+        read = inputs.detach()
         if outputs.requires_grad:
-            outputs.register_hook(self.squares[part].add)  # type: ignore[no-untyped-call]
+            outputs.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self.taken[part].add(read, gradient)
+            )
         return outputs

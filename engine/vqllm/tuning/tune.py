@@ -243,7 +243,9 @@ class _Run:
         """Mean KL per token of some windows."""
         tokens = torch.stack([self._targets.tokens(int(row)) for row in rows])
         teacher = torch.cat([self._targets.normed(int(row)) for row in rows])
-        with torch.autocast(self._head.table.device.type, self._config.dtype):
+        dtype = self._config.dtype
+        is_mixed = dtype != torch.float32
+        with torch.autocast(self._head.table.device.type, dtype, enabled=is_mixed):
             hidden = student.hidden(tokens).flatten(0, 1)
         teacher = teacher.to(hidden.device)
         return divergence(self._head, teacher, hidden, student.final_norm) / len(hidden)
