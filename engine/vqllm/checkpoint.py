@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vqllm.errors import CorruptCheckpoint, UnsupportedModel
 from vqllm.formats.base import FolderFormat
+from vqllm.formats.fp8 import Fp8Format
 from vqllm.formats.gptq import WHOLE_COLUMN, GptqFormat, ZeroPoints
 from vqllm.formats.vptq import VptqFormat
 from vqllm.formats.vqstack import VqstackFormat
@@ -234,7 +235,10 @@ def read_format(config: Any, zero_points: ZeroPoints = ZeroPoints.AUTO) -> Folde
         return VptqFormat.from_dict(config)
     if method == VqstackFormat.quant_method:
         return VqstackFormat.from_dict(config)
-    raise UnsupportedModel(f"quant_method is {method!r}; readable are 'gptq', 'vptq', 'vqstack'")
+    if method == Fp8Format.quant_method:
+        return Fp8Format.from_dict(config)
+    known = "'gptq', 'vptq', 'vqstack', 'fp8'"
+    raise UnsupportedModel(f"quant_method is {method!r}; readable are {known}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

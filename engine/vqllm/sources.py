@@ -22,6 +22,7 @@ from vqllm.decoder.norm import rms_norm
 from vqllm.decoder.rope import RotaryTable
 from vqllm.decoder.weights import BlockWeights, load_block
 from vqllm.errors import UnsupportedModel
+from vqllm.formats.fp8 import Fp8Format
 from vqllm.outlier.transform import HadamardRotation, ModelTransform, rotation
 
 Tensors = dict[str, NDArray[Any]]
@@ -145,11 +146,12 @@ class FolderSource:
 
 
 class PlainSource(FolderSource):
-    """The weights of an unquantized folder as they are."""
+    """The weights of an original folder as they are, in 8-bit floats at the least."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises UnsupportedModel: the folder is quantized already."""
-        if checkpoint.quantization is not None:
+        form = checkpoint.quantization
+        if form is not None and not isinstance(form, Fp8Format):
             raise UnsupportedModel(
                 f"{checkpoint.folder} is quantized already; quantize the original"
             )

@@ -30,6 +30,7 @@ _DTYPES = {
     "I8": "|i1",
     "U8": "|u1",
     "BOOL": "|b1",
+    "F8_E4M3": "|u1",  # raw bits
 }
 
 
