@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from vqllm.calibration import CalibrationConfig, calibration_windows
 from vqllm.checkpoint import Checkpoint
-from vqllm.errors import UnsupportedModel, VqllmError
+from vqllm.errors import VqllmError
 from vqllm.fetch import SOURCES, default_cache, fetch
 from vqllm.quantization.artefacts import WorkFolder
 from vqllm.quantization.job import Norms, QuantizeJob, TuningReport
@@ -26,6 +26,7 @@ from vqllm.quantization.pipeline import Surroundings
 from vqllm.quantization.presets import QuantizeConfig
 from vqllm.quantization.recipe import Recipe
 from vqllm.runtime.tokenizer import ChatTokenizer
+from vqllm.sources import PlainSource
 from vqllm.tuning.tune import TuningStep
 
 Report = Callable[[QuantizedPart], None]
@@ -197,10 +198,7 @@ class AutoQuantizer:
         )
 
     def _job(self, config: QuantizeConfig, calibration: CalibrationConfig) -> QuantizeJob:
-        if self.checkpoint.quantization is not None:
-            raise UnsupportedModel(
-                f"{self.checkpoint.folder} is quantized already; quantize the original"
-            )
+        PlainSource(self.checkpoint)  # refuses a quantized folder before the text is read
         text = "the default text" if calibration.path is None else f"`{calibration.path.name}`"
         windows = calibration_windows(self._tokenizer, calibration)
         return QuantizeJob(self.checkpoint, config, windows, text)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.tiny_models import CONFIGS, VOCAB_SIZE, write_tiny_model
 from vqllm.checkpoint import Checkpoint
 from vqllm.decoder.trace import finish
 from vqllm.errors import CalibrationError, CorruptCheckpoint, UnsupportedModel
@@ -146,6 +147,33 @@ def test_options_can_differ_by_linear(tiny_folder: Path, windows: Windows) -> No
     }
     assert methods.pop(name) == "tcq"
     assert set(methods.values()) == {"gptq"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_quantized(tmp_path: Path, family: str) -> None:
+    source = source_of(write_tiny_model(tmp_path, family))
+    windows = np.random.default_rng(0).integers(0, VOCAB_SIZE, (4, 24))
+    parts = list(quantize_model(source, windows, Recipe(TcqOptions(4), dampings=(0.01,))))
+    assert [part.name for part in parts] == source.linear_names()
+    assert all(0 < part.relative_error < 0.1 for part in parts)
+    wanted = float(last_hidden(source, windows, []).square().mean())
+    assert distance(source, windows, parts) < 0.1 * wanted
+
+
+def test_experts_that_no_token_chooses_are_calibrated_on_all(tmp_path: Path) -> None:
+    family = next(name for name in CONFIGS if "n_routed_experts" in CONFIGS[name])
+    source = source_of(write_tiny_model(tmp_path, family))
+    one_token = np.zeros((1, 24), np.int64)  # all positions choose nearly the same experts
+    block, streams = Block.open(source, 1, 24), Streams(source, one_token, False)
+    starved = 0
+    for group in WaitingWalk(block, block, streams).groups():
+        for pair in group.taps():
+            if pair.every_token is not None and not len(pair.inputs):
+                starved += 1
+                assert pair.with_every_token().inputs.shape[0] == 24
+    assert starved
+    parts = list(quantize_model(source, one_token, Recipe(TcqOptions(3), dampings=(0.01,))))
+    assert all(0 < part.relative_error < 0.3 for part in parts)
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn", "tcq", "vptq"])
