@@ -167,6 +167,30 @@ struct BlockCursor {
   }
 };
 
+// Cached blocks lie far apart and are in no cache when a token comes. One load per line of many
+// blocks in a row keeps as many lines under way as the memory can serve; the arithmetic that follows
+// would wait for a few at a time, and prefetch instructions do not change that (Zen 5: 12 MB of keys
+// and values in 1.3 ms without this, 0.7 ms with it, 0.4 ms from the cache).
+constexpr std::int32_t kBlocksAtOnce = 64;
+
+void touch(const std::uint8_t *data, std::int64_t bytes) {
+  std::uint64_t all = 0;
+  for (std::int64_t i = 0; i < bytes; i += 64) {
+    std::uint64_t word;
+    std::memcpy(&word, data + i, sizeof word);
+    all |= word;
+  }
+  __asm__ volatile("" : : "r"(all));  // the loads must happen
+}
+
+void touch_keys(const BlockCursor &cursor, std::int32_t begin, std::int32_t end) {
+  for (std::int32_t i = begin; i < end; ++i) touch(cursor.keys(i), cursor.layout.key_bytes);
+}
+
+void touch_values(const BlockCursor &cursor, std::int32_t begin, std::int32_t end) {
+  for (std::int32_t i = begin; i < end; ++i) touch(cursor.values(i), cursor.layout.value_bytes);
+}
+
 // Outputs of dimensions 32 * t to 32 * t + 31 of N queries: sums over positions in order.
 template <KvFormat format, int N>
 void weigh_values(const AttendJob &job, const BlockCursor &cursor, std::int32_t t,
@@ -176,6 +200,9 @@ void weigh_values(const AttendJob &job, const BlockCursor &cursor, std::int32_t 
   Floats low[N], high[N];
   for (int i = 0; i < N; ++i) low[i] = high[i] = Floats::all(0.0f);
   for (std::int32_t block = begin; block < end; ++block) {
+    if (t == 0 && (block - begin) % kBlocksAtOnce == 0) {
+      touch_values(cursor, block, std::min(block + kBlocksAtOnce, end));
+    }
     const std::uint8_t *values = cursor.values(block);
     const float *scale = parameters(values, layout.value_parameters);
     const std::uint8_t *pair = values + t * Codes<format>::kPairBytes;
@@ -204,18 +231,6 @@ void weigh_values(const AttendJob &job, const BlockCursor &cursor, std::int32_t 
   }
 }
 
-// Cached blocks lie far apart and are rarely in a cache: fetched two blocks ahead, values with keys.
-constexpr std::int32_t kBlocksAhead = 2;
-
-void prefetch(const std::uint8_t *data, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i);
-}
-
-void prefetch_block(const BlockCursor &cursor, std::int32_t block) {
-  prefetch(cursor.keys(block), cursor.layout.key_bytes);
-  prefetch(cursor.values(block), cursor.layout.value_bytes);
-}
-
 template <KvFormat format, int N>
 void attend_queries(const AttendJob &job) {
   const KvLayout &layout = *job.layout;
@@ -231,11 +246,10 @@ void attend_queries(const AttendJob &job) {
       for (std::int32_t d = 0; d < layout.head_dim; ++d) query_sums[i] += job.queries[i][d];
     }
   }
-  for (std::int32_t block = begin; block < std::min(begin + kBlocksAhead, end); ++block) {
-    prefetch_block(cursor, block);
-  }
   for (std::int32_t block = begin; block < end; ++block) {
-    if (block + kBlocksAhead < end) prefetch_block(cursor, block + kBlocksAhead);
+    if ((block - begin) % kBlocksAtOnce == 0) {
+      touch_keys(cursor, block, std::min(block + kBlocksAtOnce, end));
+    }
     scores_of_block_for<format, N>(job, cursor.keys(block), query_sums,
                                    std::int64_t{block} * kKvBlock);
   }
