@@ -60,7 +60,7 @@ class SmoothOptions:
     bits: int = 4
     group_size: int = 128
     activation_bits: int = 8
-    num_rows: int = 512
+    num_rows: int = 256
 
     def __post_init__(self) -> None:
         if not all(0 <= alpha <= 1 for alpha in self.alphas):
@@ -279,9 +279,10 @@ def _best(
     inputs, columns = note.peak, torch.stack([m.abs().amax(0) for m in matrices]).amax(0)
     if heads is not None:
         inputs, columns = _shared(inputs, heads), _shared(columns, heads)
+    exact = [F.linear(rows, matrix) for matrix in judges]
     choices: list[tuple[float | None, Tensor | None]] = [(None, None)]
     choices += [(alpha, _scale(inputs, columns, alpha)) for alpha in options.alphas]
-    return min(choices, key=lambda choice: _error(rows, judges, choice[1], options))
+    return min(choices, key=lambda choice: _error(rows, judges, exact, choice[1], options))
 
 
 def _scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
@@ -298,18 +299,21 @@ def _shared(peaks: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _error(
-    rows: Tensor, matrices: list[Tensor], scale: Tensor | None, options: SmoothOptions
+    rows: Tensor,
+    matrices: list[Tensor],
+    exact: list[Tensor],
+    scale: Tensor | None,
+    options: SmoothOptions,
 ) -> float:
-    """Squared output error of rounded weights on rounded inputs, over all readers."""
+    """Squared error of rounded weights on rounded inputs, against the `exact` outputs."""
     scale = torch.ones(rows.shape[1]) if scale is None else scale
     inputs = rows / scale
     if options.activation_bits:
         inputs = _rounded(inputs, options.activation_bits, inputs.shape[1])
     error = 0.0
-    for matrix in matrices:
+    for matrix, outputs in zip(matrices, exact, strict=True):
         rounded = _rounded(matrix * scale, options.bits, options.group_size)
-        exact = F.linear(rows, matrix)
-        error += float((F.linear(inputs, rounded) - exact).square().sum())
+        error += float((F.linear(inputs, rounded) - outputs).square().sum())
     return error
 
 
