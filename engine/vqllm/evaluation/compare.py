@@ -75,7 +75,8 @@ class Row:
     Attributes:
         arm, family, seed: which.
         bpw, file_bytes, types, note, peak_bytes: as in `Made`.
-        seconds: wall clock of quantizing, the arm's own loading and saving included.
+        seconds: wall clock of quantizing, the arm's own loading and saving included; 0 where it
+            was stopped in between.
         results: by text, what `summarize` gives, with `window_nll`, `window_reference_nll` and
             `window_kl`, one mean per window.
         failure: why there are no results; empty otherwise.
@@ -180,9 +181,8 @@ class Comparison:
         return self._config.output / "rows" / f"{slug(arm.name)}-seed{seed}.json"
 
     def _make(self, arm: Arm, seed: int, fingerprint: str) -> Row:
-        work = self._config.output / "work" / f"{slug(arm.name)}-seed{seed}"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        work = self._config.output / "work" / f"{slug(arm.name)}-seed{seed}-{fingerprint}"
+        work.mkdir(parents=True, exist_ok=True)
         calibration = self.calibration(seed)
         job = PeerJob(
             source=self._config.reference,
@@ -191,8 +191,7 @@ class Comparison:
             work=work,
             num_threads=self._config.num_threads,
         )
-        with Stopwatch() as watch:
-            made = arm.make(job, calibration)
+        made, seconds = _make_once(arm, job, calibration)
         results = {name: self._score(made, name) for name in self.texts}
         shutil.rmtree(work)
         facts = {key: value for key, value in vars(made).items() if key != "folder"}
@@ -200,7 +199,7 @@ class Comparison:
             arm=arm.name,
             family=arm.family,
             seed=seed,
-            seconds=watch.seconds,
+            seconds=seconds,
             results=results,
             fingerprint=fingerprint,
             **facts,
@@ -217,7 +216,10 @@ class Comparison:
 
     def _reference(self, name: str) -> StoredReference:
         if name not in self._references:
-            self._references[name] = StoredReference(self._source, self.texts[name].windows)
+            windows = self.texts[name].windows
+            key = hashlib.sha256(self._revision.encode() + windows.tobytes()).hexdigest()[:16]
+            cache = self._config.output / "cache" / f"reference-{key}.npy"
+            self._references[name] = StoredReference(self._source, windows, cache)
         return self._references[name]
 
     def calibration(self, seed: int) -> Calibration:
@@ -262,6 +264,18 @@ class Comparison:
             ],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _make_once(arm: Arm, job: PeerJob, calibration: Calibration) -> tuple[Made, float]:
+    """What the arm makes, and its seconds; 0 when an earlier, stopped run did part of the work."""
+    done, is_fresh = job.work / "made.json", not any(job.work.iterdir())
+    if done.is_file():
+        kept = json.loads(done.read_text(encoding="utf-8"))
+        return Made(**{**kept, "folder": Path(kept["folder"])}), 0.0
+    with Stopwatch() as watch:
+        made = arm.make(job, calibration)
+    write_json(done, {**vars(made), "folder": str(made.folder)})
+    return made, watch.seconds if is_fresh else 0.0
 
 
 def _window_means(scores: PairedScores) -> dict[str, list[float]]:

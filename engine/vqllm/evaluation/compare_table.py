@@ -129,6 +129,12 @@ def duels(arms: Sequence[ArmResult]) -> list[Duel]:
     return result
 
 
+def _median_seconds(arm: ArmResult) -> int | None:
+    """Over the seeds that ran without a stop."""
+    seconds = [row.seconds for row in arm.rows if row.seconds]
+    return round(statistics.median(seconds)) if seconds else None
+
+
 _COLUMNS = ("arm", "bpw", "seeds", "ratio", "sd", "interval", "mean KL", "median KL", "p99 KL")
 _MORE_COLUMNS = ("top-1", "flips", "MB", "seconds", "peak GB")
 
@@ -147,7 +153,7 @@ def table_cells(arm: ArmResult) -> dict[str, Cell]:
         round(arm.mean("top1_agreement"), 3),
         round(arm.mean("flips"), 3),
         round(statistics.fmean(row.file_bytes for row in arm.rows) / 1e6, 1),
-        round(statistics.median(row.seconds for row in arm.rows)),
+        _median_seconds(arm),
         round(max(row.peak_bytes for row in arm.rows) / 1e9, 2) or None,
     )
     return dict(zip((*_COLUMNS, *_MORE_COLUMNS), cells, strict=True))

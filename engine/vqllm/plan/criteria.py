@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqllm.plan.cost import least_peak_bytes
+from vqllm.plan.cost import QuantizationPlan, least_peak_bytes, peak_bytes
 from vqllm.plan.shapes import find_shape
+from vqllm.quantization.tcq import TcqOptions
 
 TARGET_BYTES = 20e9
 TARGET_RATE = 10.0
@@ -50,8 +51,14 @@ def _working_set() -> Verdict:
         "possible" if least < TARGET_BYTES else "only with a hessian in parts",
         f"one linear in float32 and its hessian factored in place need {least / 1e9:.1f} GB, of "
         f"which {hessian / 1e9:.1f} GB is the float32 hessian of down_proj; in float64 that "
-        f"hessian alone is {2 * hessian / 1e9:.1f} GB",
+        f"hessian alone is {2 * hessian / 1e9:.1f} GB. This core loop's own estimate is "
+        f"{_estimate('llama-3.1-405b'):.0f} GB, and {_estimate('llama-2-70b'):.1f} GB for 70B",
     )
+
+
+def _estimate(model: str) -> float:
+    """Gigabytes that quantizing with the core loop takes, by its own estimate."""
+    return peak_bytes(find_shape(model), QuantizationPlan(TcqOptions(2))) / 1e9
 
 
 def _speed() -> Verdict:

@@ -106,6 +106,25 @@ def test_rows_survive_a_stop(config: ComparisonConfig, tmp_path: Path) -> None:
     assert not list((config.output / "work").iterdir())
 
 
+def test_what_was_made_before_a_stop_is_scored(
+    config: ComparisonConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, config = noisy(tmp_path, 0.01), replace(config, seeds=(0,))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Comparison, "_score", stop)
+        comparison = Comparison(config)
+        with pytest.raises(KeyboardInterrupt):
+            comparison.run([arm])
+    (row,) = Comparison(config).run([arm])
+    assert (tmp_path / "noisy.log").read_text() == "x"
+    assert row.seconds == 0
+    assert row.results["foxes"]["mean_kl"] > 0
+
+
 def test_seeds_calibrate_on_different_windows(config: ComparisonConfig) -> None:
     texts = [Comparison(config).calibration(seed).path.read_text() for seed in (0, 1, 2)]
     assert len(set(texts)) == 3
@@ -146,7 +165,7 @@ def test_a_failing_command_is_quoted(tmp_path: Path) -> None:
         run_program(program, tmp_path / "log")
 
 
-def test_the_stored_reference_is_the_exact_executor(tiny_folder: Path) -> None:
+def test_the_stored_reference_is_the_exact_executor(tiny_folder: Path, tmp_path: Path) -> None:
     windows = np.random.default_rng(0).integers(0, 256, (5, 32))
     checkpoint = Checkpoint(tiny_folder)
     stored = StoredReference(PlainSource(checkpoint), windows)
@@ -155,6 +174,11 @@ def test_the_stored_reference_is_the_exact_executor(tiny_folder: Path) -> None:
         np.testing.assert_allclose(
             stored.score(window.tolist()), runner.score(window.tolist()), atol=2e-4
         )
+    caches = [tmp_path / "hidden.npy"] * 2
+    kept = [StoredReference(PlainSource(checkpoint), windows, cache) for cache in caches][1]
+    np.testing.assert_array_equal(
+        stored.score(windows[0].tolist()), kept.score(windows[0].tolist())
+    )
     with pytest.raises(KeyError):
         stored.score([1, 2, 3])
 

@@ -25,7 +25,7 @@ class DenseFolder:
     """Takes linears one by one, float32; a context manager that completes the folder."""
 
     def __init__(self, source: Checkpoint, folder: Path) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._source = source
         self._linears = {f"{name}.weight" for name in source.linear_names()}
         store = source.store
