@@ -229,7 +229,13 @@ class Tile:
 
 
 def split_tiles(grid: Grid, side: int | None) -> list[Tile]:
-    """The tiles of a grid in raster order; all of it as one for side None."""
+    """The tiles of a grid in raster order; all of it as one for side None.
+
+    Raises:
+        CorruptCodes: the side is below 1.
+    """
+    if side is not None and side < 1:
+        raise CorruptCodes(f"tiles of {side} latents a side, at least 1 is needed")
     positions = np.arange(grid[0] * grid[1]).reshape(grid)
     step = max(grid) if side is None else side
     blocks = [

@@ -417,3 +417,9 @@ def test_what_a_code_or_model_cannot_do_is_named() -> None:
     for code in (LatticeCode(8, 5, 8), LatticeCode(8, 2, 5), LatticeCode(8, 2, 32)):
         with pytest.raises(UnsupportedOperation, match="no profile"):
             unpack(b"", code, GRID)
+
+
+@pytest.mark.parametrize("side", [0, -2])
+def test_tiles_without_latents_are_refused(side: int) -> None:
+    with pytest.raises(CorruptCodes, match=f"tiles of {side} latents"):
+        split_tiles((4, 4), side)
