@@ -6,7 +6,6 @@ bytes, nothing of what a tensor means.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from vqllm.errors import VqllmError
+from vqllm.errors import DiskFull
 from vqllm.tensor_store import TensorLayout, build_header
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -71,7 +70,7 @@ class TensorSpool:
 
         Raises:
             ValueError: the name is taken, or the dtype has no place in the format.
-            VqllmError: the disk is full or cannot be written; names the file.
+            DiskFull: the disk is full or cannot be written; names the file.
         """
         if name in self._place:
             raise ValueError(f"tensor {name} was written already")
@@ -104,7 +103,7 @@ class TensorSpool:
         """Write the final files; returns the file name of every tensor.
 
         Raises:
-            VqllmError: the disk is full or cannot be written; names the file.
+            DiskFull: the disk is full or cannot be written; names the file.
         """
         self.close()
         weight_map: dict[str, str] = {}
@@ -142,7 +141,7 @@ class TensorSpool:
                 self._file = path.open("wb")
             self._file.write(np.ascontiguousarray(values).data)
         except OSError as error:
-            raise VqllmError(f"{path}: cannot be written ({error}); free some space") from error
+            raise DiskFull(f"{path}: cannot be written ({error}); free some space") from error
 
     def _assemble(self, shard: _Shard, target: Path) -> None:
         ordered = dict(sorted(shard.tensors.items(), key=_file_order))
@@ -154,7 +153,7 @@ class TensorSpool:
                     source.seek(spooled.offset)
                     _copy(source, file, spooled.layout.num_bytes)
         except OSError as error:
-            raise VqllmError(f"{target}: cannot be written ({error}); free some space") from error
+            raise DiskFull(f"{target}: cannot be written ({error}); free some space") from error
 
 
 def _file_order(item: tuple[str, _Spooled]) -> tuple[int, str]:
@@ -175,8 +174,3 @@ def _file_name(index: int, count: int) -> str:
     if count == 1:
         return "model.safetensors"
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def remove_spool(folder: Path) -> None:
-    """Remove a folder that was being written, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -131,6 +131,7 @@ class QuantizeJob:
             meta=self._facts(recipe),
             transform=self.source.transform.to_dict(),
             others={**self.source.other_tensors(), **norms},
+            config_changes=self.source.config_changes,
         )
         with CheckpointWriter(self.checkpoint, target, plan) as writer:
             for part in parts:

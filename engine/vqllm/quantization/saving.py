@@ -35,6 +35,7 @@ from vqllm.model_config import read_config
 from vqllm.packing import pack_columns
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, QuantizedLinear
 from vqllm.quantization.tcq import TcqLinear
+from vqllm.quantization.tcq_row import TcqRowLinear
 from vqllm.quantization.trellis import TrellisCodebook
 from vqllm.quantization.vptq_linear import VptqLinear, layer_config
 from vqllm.tensor_spool import TensorSpool
@@ -77,6 +78,7 @@ class FolderPlan:
         transform: `ModelTransform.to_dict()`, empty for none.
         others: every other tensor by its name (bfloat16 as uint16 halves), as
             `WeightSource.other_tensors` gives them; None copies those of the source folder.
+        config_changes: fields of config.json that differ from the source's.
         embedding_bits: 8 stores embedding and untied head as int8 with a scale per row, which only
             the "vqstack" format can; 0 keeps them as they are.
         form: "auto", or one of the formats.
@@ -89,6 +91,7 @@ class FolderPlan:
     meta: Mapping[str, Any] = field(default_factory=dict)
     transform: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, NDArray[Any]] | None = None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
     embedding_bits: int = 0
     form: str = "auto"
 
@@ -123,7 +126,7 @@ class _Stored:
             grouped_spec=None if grouped is None else grouped.spec,
             is_symmetric=grouped is not None and grouped.is_symmetric,
             vptq_config=layer_config(linear) if isinstance(linear, VptqLinear) else None,
-            codebook=linear.codebook if isinstance(linear, TcqLinear) else None,
+            codebook=linear.codebook if isinstance(linear, TcqLinear | TcqRowLinear) else None,
         )
 
 
@@ -292,7 +295,10 @@ class CheckpointWriter:
 
     def _write_descriptions(self, form: FolderFormat) -> None:
         folder, quantization = self._scratch, form.to_dict()
-        config: dict[str, Any] = read_config(self._source.folder)
+        config: dict[str, Any] = {
+            **read_config(self._source.folder),
+            **self._plan.config_changes,
+        }
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
         if isinstance(form, GptqFormat):
             write_json(folder / "quantize_config.json", quantization)

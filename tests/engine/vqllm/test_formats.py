@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from vqllm import tensor_spool
 from vqllm.checkpoint import EMBEDDING, Checkpoint
-from vqllm.errors import CorruptCheckpoint, InvalidConfig, UnsupportedModel, VqllmError
+from vqllm.errors import CorruptCheckpoint, DiskFull, InvalidConfig, UnsupportedModel, VqllmError
 from vqllm.formats.gptq import ZeroPoints
 from vqllm.packing import pack_columns, unpack_columns
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, QuantizedLinear, contiguous_groups
@@ -323,6 +323,21 @@ def test_given_tensors_replace_those_of_the_source(make_folder: MakeFolder, tmp_
     assert "model.layers.0.input_layernorm.weight" not in store
 
 
+def test_an_untied_head_is_written_beside_a_changed_config(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    others: dict[str, np.ndarray[Any, Any]] = {
+        EMBEDDING: np.zeros((258, 64), np.float16),
+        "model.norm.weight": np.ones(64, np.float32),
+        "lm_head.weight": np.ones((258, 64), np.float16),
+    }
+    plan = FolderPlan(others=others, config_changes={"tie_word_embeddings": False})
+    write(tiny_folder, tmp_path / "q", vectors, plan)
+    checkpoint = Checkpoint(tmp_path / "q")
+    assert not checkpoint.config.tie_word_embeddings
+    assert (checkpoint.head() == 1).all()
+
+
 def test_bytes_do_not_depend_on_the_order_of_arrival(tiny_folder: Path, tmp_path: Path) -> None:
     linears = write(tiny_folder, tmp_path / "a", vectors)
     with CheckpointWriter(Checkpoint(tiny_folder), tmp_path / "b", FolderPlan()) as writer:
@@ -576,7 +591,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensor_spool, "_copy", full)
-    with pytest.raises(VqllmError, match=r"model\.safetensors: cannot be written.*No space left"):
+    with pytest.raises(DiskFull, match=r"model\.safetensors: cannot be written.*No space left"):
         write(tiny_folder, tmp_path / "q", grouped)
     assert not list(tmp_path.glob("*q*"))
 
