@@ -66,6 +66,11 @@ class MatrixHandle(Protocol):
         """Address of the ``vq_matrix``, valid as long as this object lives."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Packed size."""
+        ...
+
 
 class RotationStruct(ctypes.Structure):
     """``vq_rotation`` of vqdecoder.h."""

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vqllm import cli_compare, cli_evaluate, cli_plan, cli_quantize
+from vqllm import cli_bench, cli_compare, cli_evaluate, cli_plan, cli_quantize
 from vqllm.errors import VqllmError
 from vqllm.fetch import SOURCES
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 _output = Console()
 _messages = Console(stderr=True)
+app.command()(cli_bench.bench)
 app.command()(cli_compare.compare)
 app.command()(cli_evaluate.evaluate)
 app.command()(cli_plan.plan)

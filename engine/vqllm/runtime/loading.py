@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import CorruptCheckpoint, ExecutorUnavailable, UnsupportedModel
@@ -16,7 +17,14 @@ from vqllm.runtime.tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
-Sizes = tuple[int, int, int]  # context_length, max_num_sequences, num_threads
+
+class Sizes(NamedTuple):
+    """What every executor is made with; `num_pages` None is room for all sequences."""
+
+    context_length: int
+    max_num_sequences: int
+    num_threads: int
+    num_pages: int | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def make_executor(
         UnsupportedModel: the executor cannot run this folder.
     """
     context_length = config.resolve_context_length(checkpoint.config.context_length)
-    sizes = (context_length, config.max_num_sequences, num_threads)
+    sizes = Sizes(context_length, config.max_num_sequences, num_threads, config.num_pages)
     if name == "auto":
         return _first_that_runs(checkpoint, sizes)
     if name not in _MAKERS:
@@ -96,25 +104,25 @@ def _first_that_runs(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
 def _make_cuda(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
     from vqllm.runtime.executors.cuda import CudaExecutor
 
-    return CudaExecutor(checkpoint, *sizes)
+    return CudaExecutor(checkpoint, *sizes[:3])
 
 
 def _make_native(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
-    from vqllm.runtime.executors.native import NativeExecutor
+    from vqllm.runtime.executors.native import NativeExecutor, NativeOptions
 
-    return NativeExecutor(checkpoint, *sizes)
+    return NativeExecutor(checkpoint, *sizes[:3], NativeOptions(num_pages=sizes.num_pages))
 
 
 def _make_onnx(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
     from vqllm.runtime.executors.onnx import OnnxExecutor
 
-    return OnnxExecutor(checkpoint, *sizes)
+    return OnnxExecutor(checkpoint, *sizes[:3])
 
 
 def _make_torch(checkpoint: Checkpoint, sizes: Sizes) -> Executor:
     from vqllm.runtime.executors.torch import TorchExecutor
 
-    return TorchExecutor(checkpoint, *sizes)
+    return TorchExecutor(checkpoint, *sizes[:3])
 
 
 # In the order in which `auto` tries them.

@@ -84,6 +84,10 @@ class _Limits(NamedTuple):
 class NativeExecutor(Executor, PagedExecutor):
     """Runs quantized checkpoints on the native library's best instruction-set tier.
 
+    Attributes:
+        num_threads: that share a step.
+        weight_bytes: packed weights that one token reads.
+
     Either a scheduler owns the pages and calls `step`, or a caller uses `allocate`, `prefill` and
     `decode`, which keep every sequence on pages of its own; not both at once.
     """
@@ -117,18 +121,17 @@ class NativeExecutor(Executor, PagedExecutor):
         self.num_pages = options.num_pages or max_num_sequences * self._pages_per_sequence
         limits = _Limits(context_length, self.num_pages, num_threads)
         self._pool = ThreadPool(num_threads) if num_threads > 1 else None
-        self._decoder = Decoder(
-            _decoder_config(checkpoint.config, limits, options),
-            _load_weights(checkpoint, context_length, num_threads),
-        )
+        self.num_threads = num_threads
+        weights = _load_weights(checkpoint, context_length, num_threads)
+        self.weight_bytes = _packed_bytes(weights)
+        self._decoder = Decoder(_decoder_config(checkpoint.config, limits, options), weights)
         checkpoint.store.release()  # all but the embedding is packed by now
         self._logits = np.empty((max_num_sequences, self.vocab_size), dtype=np.float32)
         self._lengths: dict[int, int] = {}
 
     @property
     def providers(self) -> tuple[str, ...]:
-        threads = 1 if self._pool is None else self._pool.num_threads
-        return (f"vqkernels {self._isa}", f"{threads} threads")
+        return (f"vqkernels {self._isa}", f"{self.num_threads} threads")
 
     # ---- pages ----
 
@@ -147,6 +150,11 @@ class NativeExecutor(Executor, PagedExecutor):
     def page_bytes(self) -> int:
         """Memory of one page, all layers."""
         return self._decoder.page_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Cached keys and values of one position, all layers."""
+        return self._decoder.page_bytes // self.page_size
 
     def take_profile(self) -> DecoderProfile:
         """Time per operation class since the last call; the first call starts the clock."""
@@ -258,6 +266,14 @@ def _load_weights(checkpoint: Checkpoint, context_length: int, num_threads: int)
             residual=_rotation(config.hidden_size, seeds.get("residual_seed")),
             down=_rotation(config.intermediate_size, seeds.get("down_seed")),
         )
+
+
+def _packed_bytes(weights: DecoderWeights) -> int:
+    """What one token reads of the packed matrices."""
+    matrices = [weights.head]
+    for layer in weights.layers:
+        matrices += [*layer.qkv, layer.output, *layer.gate_up, layer.down]
+    return sum(matrix.nbytes for matrix in matrices)
 
 
 def _load_layer(
