@@ -69,7 +69,7 @@ void advance(const ViterbiJob &job, std::int32_t row, const float *before, float
   }
 }
 
-void renormalize(float *costs, std::int64_t count) {
+float least_of(const float *costs, std::int64_t count) {
   Lanes least = Lanes::load(costs);
   for (std::int64_t s = kSweepLanes; s < count; s += kSweepLanes) {
     least = lesser(Lanes::load(costs + s), least);
@@ -79,7 +79,11 @@ void renormalize(float *costs, std::int64_t count) {
   for (int i = 1; i < kSweepLanes; ++i) {
     lanes[0] = lanes[i] < lanes[0] ? lanes[i] : lanes[0];
   }
-  const Lanes base = Lanes::all(lanes[0]);
+  return lanes[0];
+}
+
+void renormalize(float *costs, std::int64_t count) {
+  const Lanes base = Lanes::all(least_of(costs, count));
   for (std::int64_t s = 0; s < count; s += kSweepLanes) {
     (Lanes::load(costs + s) - base).store(costs + s);
   }
@@ -89,9 +93,10 @@ template <int kBits>
 void trace_back(const ViterbiJob &job, const float *costs) {
   constexpr int kCount = 1 << kBits;
   const std::int64_t groups = job.num_states() >> kBits;
+  const float least = least_of(costs, job.num_states());
   std::int64_t state = 0;
-  for (std::int64_t s = 1; s < job.num_states(); ++s) {
-    state = costs[s] < costs[state] ? s : state;
+  while (least < costs[state]) {
+    ++state;
   }
   for (std::int32_t row = job.num_rows - 1; row >= 0; --row) {
     job.path[row] = static_cast<std::uint16_t>(state);

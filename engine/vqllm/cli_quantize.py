@@ -44,6 +44,9 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Weights per scale; default suits the method.")
     ] = None,
+    direction: Annotated[
+        str, typer.Option(help="Of the trellis of tcq: column (along the outputs), or row.")
+    ] = "column",
     preprocess: Annotated[
         str | None, typer.Option(help="none, quarot or smoothquant; default suits the method.")
     ] = None,
@@ -94,6 +97,7 @@ def quantize(
         bits=bits,
         bpw=bpw,
         group_size=group_size,
+        direction=direction,
         preprocess=preprocess,
         alpha=alpha,
         dampings=_numbers(damping),

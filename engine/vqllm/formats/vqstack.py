@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from vqllm.quantization.trellis import TrellisCodebook
 
 VERSION = 1
-_MARKERS = {"gptq": "qweight", "rtn": "qweight", "vptq": "indices", "tcq": "codes"}
+_MARKERS = {
+    "gptq": "qweight",
+    "rtn": "qweight",
+    "vptq": "indices",
+    "tcq": "codes",
+    "tcq_row": "codes",
+}
 EMBEDDING_BITS = (0, 8)
 
 
@@ -113,13 +119,14 @@ class VqstackFormat(FolderFormat):
             raise UnsupportedModel(f"{name}: method {method!r}; known are {sorted(_MARKERS)}")
         if method == "vptq":
             return stored_vptq(name, shape, store, entry)
-        if method == "tcq":
+        if method in ("tcq", "tcq_row"):
             linear = self._read_tcq(name, store, entry)
             return _checked_shape(name, shape, linear)
         return read_grouped(name, shape, store, _gptq_format(name, entry))
 
     def _read_tcq(self, name: str, store: TensorStore, entry: dict[str, Any]) -> QuantizedLinear:
         from vqllm.quantization.tcq import TcqLinear  # imports torch
+        from vqllm.quantization.tcq_row import TcqRowLinear
 
         prefix = f"{name}."
         tensors = {
@@ -128,7 +135,8 @@ class VqstackFormat(FolderFormat):
             if full.startswith(prefix) and full != f"{name}.bias"
         }
         try:
-            return TcqLinear.from_tensors(tensors, entry, self._codebook(name, entry))
+            kind = TcqLinear if entry["method"] == TcqLinear.method else TcqRowLinear
+            return kind.from_tensors(tensors, entry, self._codebook(name, entry))
         except CorruptCheckpoint:
             raise
         except (KeyError, InvalidConfig) as error:

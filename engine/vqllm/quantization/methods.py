@@ -19,6 +19,7 @@ from vqllm.quantization.gptq import GptqOptions, quantize_gptq
 from vqllm.quantization.hessian import HessianFactor
 from vqllm.quantization.rtn import RtnOptions, quantize_rtn
 from vqllm.quantization.tcq import TcqLinear, TcqOptions, quantize_tcq
+from vqllm.quantization.tcq_row import TcqRowLinear, TcqRowOptions, quantize_tcq_row
 from vqllm.quantization.vptq import VptqOptions, quantize_vptq
 from vqllm.quantization.vptq_reading import read_vptq
 
@@ -40,6 +41,7 @@ METHODS: Mapping[str, Method] = {
     "gptq": Method(GptqOptions, quantize_gptq),
     "rtn": Method(RtnOptions, quantize_rtn),
     "tcq": Method(TcqOptions, quantize_tcq),
+    "tcq_row": Method(TcqRowOptions, quantize_tcq_row),
     "vptq": Method(VptqOptions, quantize_vptq),
 }
 
@@ -78,5 +80,6 @@ def _read_grouped(tensors: Arrays, entry: Mapping[str, Any]) -> GroupedLinear:
 READERS: Mapping[str, Callable[[Arrays, Mapping[str, Any]], QuantizedLinear]] = {
     "gptq": _read_grouped,
     "tcq": TcqLinear.from_tensors,
+    "tcq_row": TcqRowLinear.from_tensors,
     "vptq": read_vptq,
 }

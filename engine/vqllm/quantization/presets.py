@@ -17,8 +17,10 @@ from vqllm.quantization.methods import method_of
 from vqllm.quantization.recipe import DEFAULT_DAMPINGS, Recipe
 from vqllm.quantization.rtn import RtnOptions
 from vqllm.quantization.tcq import TcqOptions
+from vqllm.quantization.tcq_row import TcqRowOptions
 from vqllm.quantization.vptq import VptqOptions
 
+DIRECTIONS = ("column", "row")
 PREPROCESSING = ("none", "quarot", "smoothquant")
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -38,6 +40,8 @@ class QuantizeConfig:
         bpw: true bits per weight of all linears together, overhead counted; the width and sizes of
             every linear are chosen so that the total meets it.
         group_size: input columns that share a scale; None leaves it to the method.
+        direction: of the trellis: "column" runs along the outputs inside one input column, "row"
+            along the inputs inside one output row (worse, no native kernels).
         preprocess: one of PREPROCESSING; None is what suits the method.
         alpha: strength of the correction towards the full-precision activations.
         dampings: parts of the mean hessian diagonal to choose from.
@@ -52,6 +56,7 @@ class QuantizeConfig:
     bits: int | None = None
     bpw: float | None = None
     group_size: int | None = None
+    direction: str = "column"
     preprocess: str | None = None
     alpha: float = 0.5
     dampings: tuple[float, ...] = DEFAULT_DAMPINGS
@@ -60,6 +65,10 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         method_of(self.method)
+        if self.direction not in DIRECTIONS:
+            raise InvalidConfig("direction", self.direction, f"one of {DIRECTIONS}")
+        if self.direction == "row" and (self.method != "tcq" or self.group_size):
+            raise InvalidConfig("direction", "row", '"column", except for tcq without groups')
         if self.preprocess not in (None, *PREPROCESSING):
             raise InvalidConfig("preprocess", self.preprocess, f"one of {PREPROCESSING}")
         if self.bits is not None and self.bpw is not None:
@@ -94,6 +103,8 @@ def _options(config: QuantizeConfig, bits: int) -> MethodOptions:
             return GptqOptions(GroupedSpec(bits, group_size or 128), symmetric=bits >= 4)
         case "rtn":
             return RtnOptions(GroupedSpec(bits, group_size or 128), symmetric=bits >= 4)
+        case "tcq" if config.direction == "row":
+            return TcqRowOptions(bits)
         case "tcq":
             return TcqOptions(bits, group_size=group_size or 0)
         case _:

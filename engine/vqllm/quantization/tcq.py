@@ -191,9 +191,7 @@ def quantize_tcq(weight: Tensor, factor: HessianFactor, options: TcqOptions) -> 
         NativeUnavailableError: the native library is not installed.
     """
     codebook = codebook_of(options.bits, options.trellis_bits)
-    weight = weight.detach().float().cpu()
-    if not weight.abs().max() < _LARGEST_HALF:
-        raise UnsupportedModel("the weights are not finite or too large for float16 scales")
+    weight = checked_weight(weight)
     grid = _first_grid(weight, options)
     hessian = factor.hessian.cpu()
     for _ in range(options.rounds):
@@ -204,6 +202,18 @@ def quantize_tcq(weight: Tensor, factor: HessianFactor, options: TcqOptions) -> 
     return _linear(codes, grid, codebook, options)
 
 
+def checked_weight(weight: Tensor) -> Tensor:
+    """The weight in float32 on the CPU.
+
+    Raises:
+        UnsupportedModel: the weights exceed what float16 scales can express.
+    """
+    weight = weight.detach().float().cpu()
+    if not weight.abs().max() < _LARGEST_HALF:
+        raise UnsupportedModel("the weights are not finite or too large for float16 scales")
+    return weight
+
+
 def group_index(in_features: int, group_size: int) -> NDArray[np.int32]:
     """Group of every input column; a size of 0 makes one group."""
     return (np.arange(in_features) // (group_size or in_features)).astype(np.int32)
@@ -212,14 +222,23 @@ def group_index(in_features: int, group_size: int) -> NDArray[np.int32]:
 def _first_grid(weight: Tensor, options: TcqOptions) -> Grid:
     columns = _column_scales(weight) if options.column_scales else None
     scaled = weight if columns is None else weight / columns
-    size = options.group_size or weight.shape[1]
-    parts = torch.split(scaled, size, dim=1)
-    rms = torch.stack([part.square().mean(1).sqrt() for part in parts])
     return Grid(
-        scales=_as_half(rms * options.first_scale).numpy(),
+        scales=first_scales(scaled, options).numpy(),
         groups=group_index(weight.shape[1], options.group_size),
         column_scales=None if columns is None else columns.numpy(),
     )
+
+
+def first_scales(weight: Tensor, options: TcqOptions) -> Tensor:
+    """Scales (groups, out) before the sweep, float32 rounded to float16: rms times a factor."""
+    parts = torch.split(weight, options.group_size or weight.shape[1], dim=1)
+    rms = torch.stack([part.square().mean(1).sqrt() for part in parts])
+    return _as_half(rms * options.first_scale)
+
+
+def rounded_scales(scales: Tensor, current: Tensor) -> NDArray[np.float32]:
+    """Scales rounded to float16; where one is not positive, the current one stays."""
+    return torch.where(scales > _SCALE_FLOOR, _as_half(scales), current).numpy()
 
 
 def _column_scales(weight: Tensor) -> Tensor:
@@ -236,13 +255,12 @@ def _as_half(scales: Tensor) -> Tensor:
 def _refit(
     weight: Tensor, levels: NDArray[np.int8], grid: Grid, hessian: Tensor
 ) -> NDArray[np.float32]:
-    """Scales for the given levels; a scale that would not be positive stays as it was."""
+    """The best scales for the given levels."""
     steps = torch.from_numpy(levels).float()
     if grid.column_scales is not None:
         steps *= torch.from_numpy(grid.column_scales)[:, None]
-    current = torch.from_numpy(grid.scales)
     best = refit_scales(weight, steps.T.contiguous(), grid.groups, hessian)
-    return torch.where(best > _SCALE_FLOOR, _as_half(best), current).numpy()
+    return rounded_scales(best, torch.from_numpy(grid.scales))
 
 
 def _linear(

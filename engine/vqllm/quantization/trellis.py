@@ -181,10 +181,11 @@ def states_of(codebook: TrellisCodebook, codes: Codes, num_rows: int) -> States:
 
 
 def codes_of(codebook: TrellisCodebook, states: States) -> Codes:
-    """The stream, uint8 (stream bytes,), of a path of states (rows,)."""
+    """The streams, uint8 (..., stream bytes), of paths of states (..., rows)."""
     symbols = states >> (codebook.trellis_bits - codebook.bits)
-    planes = (symbols[:, None] >> np.arange(codebook.bits)) & 1
-    return np.packbits(planes.astype(np.uint8).reshape(-1), bitorder="little")
+    planes = ((symbols[..., None] >> np.arange(codebook.bits)) & 1).astype(np.uint8)
+    streams = planes.reshape(*states.shape[:-1], -1)
+    return np.packbits(streams, axis=-1, bitorder="little")
 
 
 def encode_reference(codebook: TrellisCodebook, targets: Floats, scales: Floats) -> States:
