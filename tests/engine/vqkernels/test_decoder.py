@@ -377,7 +377,7 @@ def test_bad_batches_are_refused_by_name() -> None:
 
 def test_weights_that_do_not_fit_are_refused_by_name() -> None:
     weights = make_world().weights
-    for name, value, error in (
+    cases: list[tuple[str, Any, type[Exception]]] = [
         ("final_norm", weights.final_norm[:-1], ShapeError),
         ("final_norm", weights.final_norm.astype(np.float64), DtypeError),
         ("embedding", weights.embedding[:-1], ShapeError),
@@ -386,9 +386,11 @@ def test_weights_that_do_not_fit_are_refused_by_name() -> None:
         ("layers", weights.layers[:1], ShapeError),
         ("head", weights.layers[0].down, ShapeError),
         ("down", rotation_of(HIDDEN, 1, 5, 0)[0], ShapeError),
-    ):
+    ]
+    for name, value, error in cases:
+        changes: dict[str, Any] = {name: value}
         with pytest.raises(error):
-            Decoder(CONFIG, replace(weights, **{name: value}))
+            Decoder(CONFIG, replace(weights, **changes))
     layer = replace(weights.layers[0], down=weights.layers[0].output)
     with pytest.raises(ShapeError):
         Decoder(CONFIG, replace(weights, layers=[layer, layer]))
