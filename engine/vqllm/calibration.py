@@ -6,6 +6,7 @@ Knows tokenizers and files, no model. The default text needs no data folder: see
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from vqllm.errors import CalibrationError, InvalidConfig
 
 Windows = NDArray[np.int64]
+
+DEFAULT_TEXT = "texts/calibration_en.txt.gz"
 
 
 class TextEncoder(Protocol):
@@ -50,6 +53,35 @@ def calibration_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Wi
     Raises:
         CalibrationError: the file cannot be read as UTF-8 text, or is shorter than a window.
     """
+    windows = _all_windows(tokenizer, config)
+    return np.ascontiguousarray(windows[_spread(len(windows), config.num_windows)])
+
+
+def tuning_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Windows:
+    """Every window of the text, those that `calibration_windows` leaves out before the others.
+
+    Raises:
+        CalibrationError: as `calibration_windows`.
+    """
+    windows = _all_windows(tokenizer, config)
+    taken = _spread(len(windows), config.num_windows)
+    others = np.setdiff1d(np.arange(len(windows)), taken)
+    return np.ascontiguousarray(windows[np.concatenate([others, taken])])
+
+
+def default_text() -> str:
+    """English text that ships with the package, about 400 windows of 512 tokens.
+
+    SmolLM2-135M-Instruct (Apache-2.0) wrote it, continuing openings of many kinds (see
+    `vqllm.texts.openings`; `python -m vqllm.texts.generate` made it): encyclopedia articles, some
+    in the spacing of WikiText, news, stories, essays, science, letters, conversations. It is
+    fluent and often wrong.
+    """
+    packed = resources.files("vqllm").joinpath(DEFAULT_TEXT).read_bytes()
+    return gzip.decompress(packed).decode("utf-8")
+
+
+def _all_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Windows:
     text = default_text() if config.path is None else _read_text(config.path)
     token_ids = np.array(tokenizer.encode(text), dtype=np.int64)
     num_available = len(token_ids) // config.window_length
@@ -58,22 +90,13 @@ def calibration_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Wi
             f"calibration text {config.path or 'by default'} has {len(token_ids)} tokens, one "
             f"window needs {config.window_length}; use a longer text or a shorter window"
         )
-    windows = token_ids[: num_available * config.window_length].reshape(num_available, -1)
-    num_windows = min(config.num_windows, num_available)
-    chosen = np.arange(num_windows) * num_available // num_windows
-    return np.ascontiguousarray(windows[chosen])
+    return token_ids[: num_available * config.window_length].reshape(num_available, -1)
 
 
-def default_text() -> str:
-    """English text that ships with the package, about 30 windows of 512 tokens.
-
-    SmolLM2-135M-Instruct (Apache-2.0) wrote it at temperature 0.8, continuing openings of many
-    kinds: news, stories, instructions, science. It is fluent and often wrong. Text of a model's
-    own calibrates nearly as well as text of the domain that is scored: quantized to 4 bits with
-    groups of 128, that model has KL 0.176 to the original on held-out Brown text after this text,
-    0.156 after 32 windows of Brown training text and 0.259 after Python's own help topics.
-    """
-    return resources.files("vqllm").joinpath("texts/calibration_en.txt").read_text("utf-8")
+def _spread(num_available: int, num_wanted: int) -> NDArray[np.int64]:
+    """Indices of windows, evenly spread; all of them where there are too few."""
+    count = min(num_wanted, num_available)
+    return np.arange(count) * num_available // count
 
 
 def _read_text(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""Text that ships with the package, and the command that made it."""
