@@ -27,6 +27,13 @@ inline __m512i broadcast8(const std::int8_t *x) {
   return _mm512_set1_epi64(word);
 }
 
+// acc + dot products of four unsigned with four signed bytes. As assembly, because GCC 12 copies and
+// spills the accumulators of the intrinsic in loops: 1.4 times slower for batches.
+inline __m512i dot4(__m512i acc, __m512i codes, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
+  return acc;
+}
+
 // Two row sets of (columns 0-3, columns 4-7) sums per row to 16 sums.
 inline __m512i add_halves(__m512i set0, __m512i set1) {
   const __m512i even =
@@ -132,10 +139,10 @@ inline __m512i dot_segment(const Decoder &decoder, const std::uint8_t *p, std::i
     for (int i = 0; i < kStep; i += 2) {
       const __m512i x0 = broadcast8(q + i * kBlock);
       const __m512i x1 = broadcast8(q + (i + 1) * kBlock);
-      even0 = _mm512_dpbusd_epi32(even0, w[2 * i], x0);
-      even1 = _mm512_dpbusd_epi32(even1, w[2 * i + 1], x0);
-      odd0 = _mm512_dpbusd_epi32(odd0, w[2 * i + 2], x1);
-      odd1 = _mm512_dpbusd_epi32(odd1, w[2 * i + 3], x1);
+      even0 = dot4(even0, w[2 * i], x0);
+      even1 = dot4(even1, w[2 * i + 1], x0);
+      odd0 = dot4(odd0, w[2 * i + 2], x1);
+      odd1 = dot4(odd1, w[2 * i + 3], x1);
     }
     p += kStep / Decoder::kBlocks * decoder.bytes();
     q += kStep * kBlock;
@@ -242,8 +249,8 @@ inline void multiply_segment(const std::uint8_t *blocks, std::int32_t num_blocks
     const __m512i w1 = load_bytes(blocks + kBlockBytes);
     for (int i = 0; i < kRows; ++i) {
       const __m512i values = broadcast8(x + i * x_stride);
-      acc0[i] = _mm512_dpbusd_epi32(acc0[i], w0, values);
-      acc1[i] = _mm512_dpbusd_epi32(acc1[i], w1, values);
+      acc0[i] = dot4(acc0[i], w0, values);
+      acc1[i] = dot4(acc1[i], w1, values);
     }
     blocks += 2 * kBlockBytes;
     x += kBlock;

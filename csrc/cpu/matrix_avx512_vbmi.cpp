@@ -133,10 +133,10 @@ void multiply_components(const MatrixJob &job, const MatrixStage &stage, const s
       const __m512i index = load_bytes(codes);
       const __mmask64 upper = _mm512_movepi8_mask(index);
       const __m512i x = broadcast8(q + c);
-      acc0 = _mm512_dpbusd_epi32(acc0, t0.look_up(index, upper), x);
-      acc1 = _mm512_dpbusd_epi32(acc1, t1.look_up(index, upper), x);
-      acc2 = _mm512_dpbusd_epi32(acc2, t2.look_up(index, upper), x);
-      acc3 = _mm512_dpbusd_epi32(acc3, t3.look_up(index, upper), x);
+      acc0 = dot4(acc0, t0.look_up(index, upper), x);
+      acc1 = dot4(acc1, t1.look_up(index, upper), x);
+      acc2 = dot4(acc2, t2.look_up(index, upper), x);
+      acc3 = dot4(acc3, t3.look_up(index, upper), x);
       codes += kBlockBytes;
     }
     const __m512i zero = _mm512_set1_epi32(stage.zero * segment_sum(job.x, 0, column, count));
@@ -312,8 +312,8 @@ void multiply_large(const MatrixJob &job, const MatrixStage &stage, const std::u
       for (int pair = 0; pair < kPairs; ++pair) {
         __m512i w[2];
         entries.pair(indices_of(codes) + pair * Entries<kEntry>::kIndices, w);
-        acc[2 * pair] = _mm512_dpbusd_epi32(acc[2 * pair], w[0], x);
-        acc[2 * pair + 1] = _mm512_dpbusd_epi32(acc[2 * pair + 1], w[1], x);
+        acc[2 * pair] = dot4(acc[2 * pair], w[0], x);
+        acc[2 * pair + 1] = dot4(acc[2 * pair + 1], w[1], x);
       }
       codes += 2 * kBlockBytes;
     }
