@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqllm.checkpoint import FINAL_NORM, Checkpoint
+from vqllm.checkpoint import EMBEDDING, FINAL_NORM, Checkpoint
 from vqllm.decoder.block import forward_block
 from vqllm.decoder.config import DecoderConfig
 from vqllm.decoder.norm import rms_norm
 from vqllm.decoder.rope import RotaryTable
 from vqllm.decoder.weights import BlockWeights, load_block
-from vqllm.errors import UnsupportedModel
+from vqllm.errors import CorruptCheckpoint, UnsupportedModel
 from vqllm.formats.fp8 import Fp8Format
 from vqllm.outlier.transform import HadamardRotation, ModelTransform, rotation
 
 Tensors = dict[str, NDArray[Any]]
+FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 class WeightSource(Protocol):
@@ -94,8 +95,24 @@ class FolderSource:
         return self.checkpoint.transform
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        hidden = self._embedding[token_ids]
+        """Raises CorruptCheckpoint: the table is missing, misshapen or not finite."""
+        hidden = self._look_up(token_ids)
         return hidden if self._residual is None else self._residual.apply(hidden)
+
+    def _look_up(self, token_ids: Tensor) -> Tensor:
+        """Rows of the embedding; only they are read where the table lies in the file as floats."""
+        store, shape = self.checkpoint.store, (self.config.vocab_size, self.config.hidden_size)
+        if "_embedding" in self.__dict__ or EMBEDDING not in store:
+            return self._embedding[token_ids]
+        if store.shape(EMBEDDING) != shape or store.dtype(EMBEDDING) not in FLOATS:
+            raise CorruptCheckpoint(
+                f"{store.path_of(EMBEDDING)}: {EMBEDDING} is {store.dtype(EMBEDDING)} "
+                f"{store.shape(EMBEDDING)}, config.json implies floats {shape}"
+            )
+        rows = as_float32(store.raw(EMBEDDING)[token_ids.numpy()])
+        if not torch.isfinite(rows).all():
+            raise CorruptCheckpoint(f"{store.path_of(EMBEDDING)}: {EMBEDDING} is not finite")
+        return rows
 
     def block(self, layer: int) -> BlockWeights:
         """Raises CorruptCheckpoint: a tensor is missing, misshapen or not finite."""

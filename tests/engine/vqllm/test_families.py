@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.tiny_models import CONFIGS, VOCAB_SIZE, write_tiny_model
 from vqllm.checkpoint import Checkpoint
@@ -192,3 +193,31 @@ def test_what_is_not_computed_is_refused(family: str, change: dict[str, Any], me
 def test_contradictory_sizes_are_named(family: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CorruptCheckpoint, match=message):
         parse_config({**CONFIGS[family], **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_look_up_reads_rows_as_the_whole_table_would(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    checkpoint = Checkpoint(write_tiny_model(tmp_path, "llama", dtype))
+    tokens = torch.from_numpy(TOKENS)
+    expected = torch.from_numpy(checkpoint.embedding())[tokens]
+    torch.testing.assert_close(PlainSource(checkpoint).embed(tokens), expected, atol=0, rtol=0)
+
+
+def test_an_embedding_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 4] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match=r"embed_tokens\.weight is not finite"):
+        PlainSource(Checkpoint(folder)).embed(torch.tensor([1, 3]))
+
+
+def test_an_embedding_of_another_size_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(5, 48)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match=r"embed_tokens\.weight is F32 \(5, 48\)"):
+        PlainSource(Checkpoint(folder)).embed(torch.tensor([1, 3]))
