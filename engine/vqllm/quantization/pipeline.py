@@ -18,7 +18,10 @@ import torch
 
 from vqllm.calibration import Windows
 from vqllm.errors import CalibrationError, UnsupportedModel
+from vqllm.packing import WORD_BITS
+from vqllm.quantization.base import MethodOptions
 from vqllm.quantization.blocks import Block, part_name
+from vqllm.quantization.grid import GridOptions
 from vqllm.quantization.layer import GroupQuantizer, LinearResult, LinearTask
 from vqllm.quantization.mappers import LocalMapper, Mapper
 from vqllm.quantization.memory import MemoryPlan, trim_heap
@@ -98,17 +101,31 @@ def check_recipe(source: WeightSource, windows: Windows, recipe: Recipe) -> None
     """Raise what can be known to go wrong before any work is done.
 
     Raises:
-        UnsupportedModel: an override names a linear that the model does not have.
+        UnsupportedModel: an override names a linear that the model does not have, or a linear does
+            not fit the format of its method.
         CalibrationError: the damping search has no window to hold out.
     """
     unknown = sorted(set(recipe.overrides) - set(source.linear_names()))
     if unknown:
         raise UnsupportedModel(f"the recipe has options for {unknown[0]}, which the model lacks")
+    for name in source.linear_names():
+        _check_words(name, source.config.linear_shape(name), recipe.options_of(name))
     if len(recipe.dampings) > 1 and len(windows) < 2:
         raise CalibrationError(
             "a search for the damping holds windows out, and the calibration text has one window; "
             "use a longer text, shorter windows or a single damping"
         )
+
+
+def _check_words(name: str, shape: tuple[int, int], options: MethodOptions) -> None:
+    if not isinstance(options, GridOptions):
+        return
+    for size in shape:
+        if size * options.spec.bits % WORD_BITS:
+            raise UnsupportedModel(
+                f"{name}: {size} codes of {options.spec.bits} bits do not fill whole 32-bit words, "
+                "as the GPTQ format wants; use other bits, or the method tcq or vptq"
+            )
 
 
 class _BlockRun:

@@ -265,6 +265,15 @@ def test_a_recipe_for_another_model_is_refused(tiny_folder: Path, windows: Windo
         next(quantize_model(source_of(tiny_folder), windows, recipe))
 
 
+def test_sizes_that_do_not_fill_words_are_refused_before_any_work(
+    make_folder: MakeFolder, windows: Windows
+) -> None:
+    folder = make_folder(tensors={}, intermediate_size=168)
+    recipe = replace(FAST, default=GptqOptions(GroupedSpec(3, 32)))
+    with pytest.raises(UnsupportedModel, match=r"mlp\.gate_proj: 168 codes of 3 bits.*tcq"):
+        next(quantize_model(source_of(folder), windows, recipe))
+
+
 def test_a_search_needs_two_windows(tiny_folder: Path, windows: Windows) -> None:
     recipe = replace(FAST, dampings=(0.01, 0.02))
     with pytest.raises(CalibrationError, match="one window; use a longer text"):
