@@ -108,6 +108,13 @@ def test_an_odd_size_has_no_rotation(tmp_path: Path) -> None:
         RotatedSource(source, QuarotOptions()).block(0)
 
 
+def test_a_size_without_a_matrix_is_rotated_in_blocks(tmp_path: Path) -> None:
+    source = PlainSource(Checkpoint(write_tiny_model(tmp_path, "llama", intermediate_size=94)))
+    assert rotation(94, 0).blocks == 47
+    found = source_logits(RotatedSource(source, QuarotOptions()), TOKENS)
+    torch.testing.assert_close(found, source_logits(source, TOKENS), atol=TOLERANCE, rtol=0)
+
+
 def test_a_seed_beyond_64_bits_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="head_seed"):
         _ = QuarotOptions(seed=2**64 - 1).seeds
