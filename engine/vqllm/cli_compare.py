@@ -82,17 +82,17 @@ def compare(
         *(grid.peers(paths) if peers else ()),
     ]
     comparison = Comparison(config, lambda line: messages.print(line, highlight=False))
-    write_tables(comparison.run(arms), list(config.texts), output)
+    write_tables(comparison.title, comparison.run(arms), list(config.texts), output)
     typer.echo((output / "comparison.md").read_text(encoding="utf-8"))
 
 
-def write_tables(rows: list[Row], texts: list[str], output: Path) -> None:
+def write_tables(reference: str, rows: list[Row], texts: list[str], output: Path) -> None:
     """comparison.md, .csv and .json."""
     from vqllm.evaluation import compare_table as table
 
     contents = {
         "md": table.to_markdown(rows, texts),
-        "csv": table.to_csv(rows, texts),
+        "csv": table.to_csv({reference: rows}, texts),
         "json": json.dumps(table.to_json(rows, texts), indent=2) + "\n",
     }
     for suffix, content in contents.items():

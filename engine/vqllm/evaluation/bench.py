@@ -99,8 +99,8 @@ def machine_facts() -> str:
         f"{versions}. Non-overlapping windows, no token in front; every arm is scored from its "
         "file by the float32 executor; embedding and head stay as they are in the reference. "
         "`bpw` counts every byte of the linears. `ratio` is perplexity over the reference's with "
-        "its paired bootstrap interval over windows, `sd` its spread over seeds, each of which "
-        "calibrates on other windows. Times are of this machine and shared with other work."
+        "its 95 % paired bootstrap interval over windows, `sd` its spread over seeds, each of "
+        "which calibrates on other windows. Times are of this machine and shared with other work."
     )
 
 
@@ -157,8 +157,8 @@ def _write(
 ) -> None:
     facts = machine_facts()
     (output / "quantization.md").write_text(document(sections, texts, facts), encoding="utf-8")
-    tables = [f"# {comparison.title}\n{to_csv(rows, texts)}" for comparison, rows in sections]
-    (output / "quantization.csv").write_text("\n".join(tables), encoding="utf-8")
+    tables = {comparison.title: rows for comparison, rows in sections}
+    (output / "quantization.csv").write_text(to_csv(tables, texts), encoding="utf-8")
     content: dict[str, Any] = {"facts": facts, "references": {}}
     for comparison, rows in sections:
         content["references"][comparison.title] = to_json(rows, texts)

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqllm.evaluation.compare import Row
-from vqllm.evaluation.statistics import bootstrap_mean, ratio_interval
+from vqllm.evaluation.statistics import bootstrap_mean, bootstrap_ratio, ratio_interval
 
 BRACKETS = ((2.0, 2.4), (3.0, 3.5), (4.0, 4.6))
 OURS = "ours"
@@ -168,6 +168,7 @@ def to_markdown(rows: Sequence[Row], texts: Sequence[str]) -> str:
             parts += [f"### {text}", "", _reference_line(arms[0]), ""]
             parts += [markdown_table([table_cells(arm) for arm in arms]), ""]
             parts += _duel_section(duels(arms))
+            parts += _excess_section(arms)
     return "\n".join([*parts, *_types_section(rows), *_failure_section(rows)]).rstrip() + "\n"
 
 
@@ -190,6 +191,30 @@ def _duel_section(results: Sequence[Duel]) -> list[str]:
         for one in results
     ]
     return ["Against every peer at equal or more bits:", "", markdown_table(lines), ""]
+
+
+def excess_removed(ours: ArmResult, theirs: ArmResult) -> tuple[float, float, float]:
+    """Part of their loss above the reference's that ours does not have, with its interval."""
+    reference = ours.windows("reference_nll")
+    our_excess = ours.windows("nll") - reference
+    their_excess = theirs.windows("nll") - reference
+    interval = bootstrap_ratio(our_excess, their_excess)
+    value = float(our_excess.mean() / their_excess.mean())
+    return 1 - value, 1 - interval.high, 1 - interval.low
+
+
+def _excess_section(arms: Sequence[ArmResult]) -> list[str]:
+    """VPTQ as published against ours at the same codebook sizes."""
+    by_name = {arm.name: arm for arm in arms}
+    lines: list[dict[str, Cell]] = []
+    for name, arm in by_name.items():
+        ours = by_name.get(name.replace("VPTQ as published", "vptq"))
+        if name.startswith("VPTQ as published") and ours is not None:
+            part = _with_interval(excess_removed(ours, arm))
+            lines.append({"codebooks of": ours.name, "excess loss removed": part})
+    if not lines:
+        return []
+    return ["VPTQ as published against ours, same codebook sizes:", "", markdown_table(lines), ""]
 
 
 def _types_section(rows: Sequence[Row]) -> list[str]:
@@ -219,11 +244,17 @@ def markdown_table(lines: Sequence[dict[str, Cell]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def to_csv(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    """The table of all texts with the text in front."""
-    lines = [{"text": t, **table_cells(arm)} for t in texts for arm in collect(rows, t)]
+def to_csv(tables: Mapping[str, Sequence[Row]], texts: Sequence[str]) -> str:
+    """The tables of all references and texts, both named in front."""
+    lines = [
+        {"reference": reference, "text": text, **table_cells(arm)}
+        for reference, rows in tables.items()
+        for text in texts
+        for arm in collect(rows, text)
+    ]
     output = io.StringIO()
-    writer = csv.DictWriter(output, ["text", *_COLUMNS, *_MORE_COLUMNS], lineterminator="\n")
+    columns = ["reference", "text", *_COLUMNS, *_MORE_COLUMNS]
+    writer = csv.DictWriter(output, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return output.getvalue()

@@ -40,9 +40,21 @@ def bootstrap_mean(
     The draws depend on n alone, so that intervals of two models on the same windows are paired.
     """
     values = np.asarray(per_window, dtype=np.float64)
-    generator = np.random.default_rng(SEED)
-    draws = generator.integers(0, len(values), (NUM_RESAMPLES, len(values)))
-    resampled = transform(values[draws].mean(axis=1))
+    return _interval(transform(values[_draws(len(values))].mean(axis=1)))
+
+
+def bootstrap_ratio(numerator: Values, denominator: Values) -> Interval:
+    """Interval of mean(numerator) / mean(denominator), one pair of values per window (n,)."""
+    above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    draws = _draws(len(above))
+    return _interval(above[draws].mean(axis=1) / below[draws].mean(axis=1))
+
+
+def _draws(count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(SEED).integers(0, count, (NUM_RESAMPLES, count))
+
+
+def _interval(resampled: Values) -> Interval:
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(resampled, [tail, 100 - tail])
     return Interval(float(low), float(high))

@@ -193,6 +193,7 @@ def made_row(arm: str, family: str, bpw: float, loss: float, seed: int = 0) -> R
         "reference_perplexity": float(np.exp(reference.mean())),
         "tokens": 40 * 511,
         "window_nll": nll.tolist(),
+        "window_reference_nll": reference.tolist(),
         "window_kl": (nll - reference).tolist(),
     }
     metrics = ("ratio_low", "ratio_high", "mean_kl", "median_kl", "p99_kl", "top1_agreement")
@@ -225,9 +226,15 @@ def test_tables_hold_every_arm() -> None:
     markdown = to_markdown(rows, ["wiki", "absent"])
     for part in ("| a | 2.1 | 2 |", "| b | 2.2 | 1 |", "- c: no luck", "3 Q2_K"):
         assert part in markdown
-    table = list(csv.DictReader(io.StringIO(to_csv(rows, ["wiki"]))))
+    table = list(csv.DictReader(io.StringIO(to_csv({"model": rows}, ["wiki"]))))
     assert [line["arm"] for line in table] == ["a", "b"]
     assert "window_nll" not in json.dumps(to_json(rows, ["wiki"]))
+
+
+def test_excess_loss_is_compared_at_the_same_codebooks() -> None:
+    rows = [made_row("vptq 2", "ours", 2.1, 0.2)]
+    rows += [made_row("VPTQ as published 2", "vptq as published", 2.1, 0.5)]
+    assert "| vptq 2 | 0.6 (0.6 to 0.6) |" in to_markdown(rows, ["wiki"])
 
 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:
