@@ -156,6 +156,7 @@ std::int32_t vq_decoder::check(const vq_decoder_config &c, const vq_decoder_weig
       weights.embedding == nullptr || weights.cosines == nullptr || weights.sines == nullptr) {
     return VQ_ERR_NULL;
   }
+  if (weights.embedding_type == VQ_INT8 && weights.embedding_scales == nullptr) return VQ_ERR_NULL;
   std::int32_t status = vq::check_config(c);
   for (std::int32_t i = 0; status == VQ_OK && i < c.num_layers; ++i) {
     status = vq::check_layer(c, weights.layers[i]);
@@ -165,7 +166,7 @@ std::int32_t vq_decoder::check(const vq_decoder_config &c, const vq_decoder_weig
   const bool good = vq::fits(head, c.hidden_size, c.vocab_size) &&
                     vq::fits(weights.residual, c.hidden_size) &&
                     vq::fits(weights.down, c.intermediate_size) && weights.reserved == 0 &&
-                    vq::in_range(weights.embedding_type, VQ_FLOAT32, VQ_BFLOAT16);
+                    vq::in_range(weights.embedding_type, VQ_FLOAT32, VQ_INT8);
   return good ? VQ_OK : VQ_ERR_SHAPE;
 }
 

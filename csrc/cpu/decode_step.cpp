@@ -39,21 +39,39 @@ float widen_half(std::uint16_t half) {
   return (half & 0x8000u) != 0 ? -magnitude : magnitude;
 }
 
-// Row `token` of the table as float32.
-void read_embedding(const void *table, std::int32_t type, std::int64_t token, std::int32_t count,
+float widen_bfloat(std::uint16_t half) {
+  const std::uint32_t bits = std::uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class Stored>
+const Stored *table_row(const vq_decoder_weights &weights, std::int64_t token, std::int32_t count) {
+  return static_cast<const Stored *>(weights.embedding) + token * count;
+}
+
+// Row `token` of the embedding as float32.
+void read_embedding(const vq_decoder_weights &weights, std::int64_t token, std::int32_t count,
                     float *row) {
-  if (type == VQ_FLOAT32) {
-    std::memcpy(row, static_cast<const float *>(table) + token * count, sizeof(float) * count);
-    return;
-  }
-  const std::uint16_t *halves = static_cast<const std::uint16_t *>(table) + token * count;
-  for (std::int32_t i = 0; i < count; ++i) {
-    if (type == VQ_FLOAT16) {
-      row[i] = widen_half(halves[i]);
-    } else {
-      const std::uint32_t bits = std::uint32_t{halves[i]} << 16;
-      std::memcpy(row + i, &bits, sizeof bits);
+  switch (weights.embedding_type) {
+    case VQ_FLOAT16:
+      std::transform(table_row<std::uint16_t>(weights, token, count),
+                     table_row<std::uint16_t>(weights, token + 1, count), row, widen_half);
+      return;
+    case VQ_BFLOAT16:
+      std::transform(table_row<std::uint16_t>(weights, token, count),
+                     table_row<std::uint16_t>(weights, token + 1, count), row, widen_bfloat);
+      return;
+    case VQ_INT8: {
+      const float scale = weights.embedding_scales[token];
+      const auto scaled = [scale](std::int8_t code) { return static_cast<float>(code) * scale; };
+      std::transform(table_row<std::int8_t>(weights, token, count),
+                     table_row<std::int8_t>(weights, token + 1, count), row, scaled);
+      return;
     }
+    default:
+      std::copy_n(table_row<float>(weights, token, count), count, row);
   }
 }
 
@@ -213,8 +231,7 @@ struct vq_decoder::Part {
     const vq_rotation &rotation = decoder.weights_.residual;
     for (std::int32_t row = begin; row < end; ++row) {
       float *x = rotation.size == 0 ? residual(row) : scratch.rotated;
-      vq::read_embedding(decoder.weights_.embedding, decoder.weights_.embedding_type,
-                         decoder.rows_[row].token, config.hidden_size, x);
+      vq::read_embedding(decoder.weights_, decoder.rows_[row].token, config.hidden_size, x);
       if (rotation.size != 0) ops.rotate(rotation, false, x, residual(row), scratch.space);
     }
   }

@@ -20,6 +20,7 @@ enum {
   VQ_FLOAT32 = 0,
   VQ_FLOAT16 = 1,
   VQ_BFLOAT16 = 2,
+  VQ_INT8 = 3,      /* with a float scale per row */
   VQ_KV_BLOCK = 16, /* page_size is a multiple */
   VQ_MAX_PARTS = 3, /* matrices that share an input: q, k, v */
   VQ_ERR_RANGE = 16 /* a vq_status: a token, a position or a page does not exist */
@@ -77,6 +78,7 @@ typedef struct vq_decoder_weights {
   const vq_decoder_layer *layers; /* [num_layers] */
   const float *final_norm;        /* [hidden_size] */
   const void *embedding;          /* [vocab_size][hidden_size] */
+  const float *embedding_scales;  /* [vocab_size], for VQ_INT8 only */
   const vq_matrix *head;          /* vocab_size outputs */
   const float *cosines;           /* [num_positions][head_dim / 2] */
   const float *sines;

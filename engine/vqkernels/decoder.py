@@ -39,7 +39,7 @@ PHASES: Final = (
 )
 _STATUS_RANGE: Final = 16
 _MAX_PARTS: Final = 3
-_EMBEDDING_TYPES: Final = {"float32": 0, "float16": 1, "uint16": 2}
+_EMBEDDING_TYPES: Final = {"float32": 0, "float16": 1, "uint16": 2, "int8": 3}
 _PTR: Final = ctypes.c_void_p
 _SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]]]] = {
     "vq_decoder_create": (ctypes.c_int32, (_PTR, _PTR, _PTR)),
@@ -137,6 +137,7 @@ class WeightsStruct(ctypes.Structure):
         ("layers", ctypes.POINTER(LayerStruct)),
         ("final_norm", ctypes.c_void_p),
         ("embedding", ctypes.c_void_p),
+        ("embedding_scales", ctypes.c_void_p),
         ("head", ctypes.c_void_p),
         ("cosines", ctypes.c_void_p),
         ("sines", ctypes.c_void_p),
@@ -250,7 +251,9 @@ class DecoderWeights:
 
     Attributes:
         final_norm: float32 (hidden_size,).
-        embedding: (vocab_size, hidden_size) float32, float16, or uint16 for bfloat16 halves.
+        embedding: (vocab_size, hidden_size) float32, float16, uint16 for bfloat16 halves, or
+            int8 codes.
+        embedding_scales: float32 (vocab_size,), a factor per row of int8 codes; else None.
         head: matrix of the logits.
         cosines, sines: float32 (num_positions, head_dim / 2).
         residual: rotation of the hidden state after the look-up, undone before the final norm.
@@ -265,6 +268,7 @@ class DecoderWeights:
     sines: Floats
     residual: Rotation | None = None
     down: Rotation | None = None
+    embedding_scales: Floats | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,6 +480,7 @@ class _WeightStructs:
             self.layers,
             _address(weights.final_norm),
             _address(weights.embedding),
+            _address(weights.embedding_scales),
             weights.head.handle,
             _address(weights.cosines),
             _address(weights.sines),
@@ -526,12 +531,7 @@ def _check_weights(config: DecoderConfig, weights: DecoderWeights) -> None:
     if len(weights.layers) != config.num_layers:
         raise ShapeError(f"{len(weights.layers)} layers given, the config has {config.num_layers}")
     _check_vector("final_norm", weights.final_norm, _FLOATS, hidden)
-    if weights.embedding.dtype.name not in _EMBEDDING_TYPES:
-        raise DtypeError(
-            f"embedding has dtype {weights.embedding.dtype}, must be a 16- or 32-bit "
-            "float, or uint16 for bfloat16"
-        )
-    _check_table("embedding", weights.embedding, (config.vocab_size, hidden))
+    _check_embedding(config, weights)
     for name in ("cosines", "sines"):
         table = getattr(weights, name)
         _check_table(name, table, (config.num_positions, half))
@@ -541,6 +541,19 @@ def _check_weights(config: DecoderConfig, weights: DecoderWeights) -> None:
         _check_rotation(rotation)
     for layer in weights.layers:
         _check_layer(config, layer)
+
+
+def _check_embedding(config: DecoderConfig, weights: DecoderWeights) -> None:
+    table, scales = weights.embedding, weights.embedding_scales
+    if table.dtype.name not in _EMBEDDING_TYPES:
+        raise DtypeError(
+            f"embedding has dtype {table.dtype}, must be one of {', '.join(_EMBEDDING_TYPES)}"
+        )
+    _check_table("embedding", table, (config.vocab_size, config.hidden_size))
+    if (table.dtype.name == "int8") != (scales is not None):
+        raise DtypeError("embedding_scales belong to an embedding of int8 codes, and to no other")
+    if scales is not None:
+        _check_vector("embedding_scales", scales, _FLOATS, config.vocab_size)
 
 
 def _check_layer(config: DecoderConfig, layer: DecoderLayer) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqkernels.matrix import Matrix, aligned_empty, packed_size
-from vqkernels.matrix_weights import DenseWeights, InputTransform, Weights
+from vqkernels.matrix_weights import DenseWeights, GridWeights, InputTransform, Weights
 from vqllm.checkpoint import HEAD, Checkpoint
 from vqllm.runtime.native_weights import packable
 
@@ -84,7 +84,9 @@ class MatrixPacker:
         return self._place(*packable(self._checkpoint, name))
 
     def _pack_head(self, name: str) -> Matrix:
-        store = self._checkpoint.store
+        store, coded = self._checkpoint.store, self._checkpoint.embedding_codes(name)
+        if coded is not None:
+            return self._place(_coded_table(*coded))
         if name in store and store.dtype(name) == "F16":
             return self._place(DenseWeights(store.raw(name)))
         is_untied = name == HEAD
@@ -93,3 +95,9 @@ class MatrixPacker:
 
     def _place(self, weights: Weights, transform: InputTransform | None = None) -> Matrix:
         return Matrix(weights, transform, self._arena.take(packed_size(weights)))
+
+
+def _coded_table(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> GridWeights:
+    """int8 codes (vocab, d) with a scale per row, as the same weights on a grid of 8 bits."""
+    shifted = np.ascontiguousarray((codes.view(np.uint8) ^ np.uint8(0x80)).T)
+    return GridWeights(shifted, scales.astype(np.float16)[None], bits=8, group_size=0)

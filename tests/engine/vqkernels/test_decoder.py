@@ -268,6 +268,20 @@ def test_embeddings_of_16_bits(dtype: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def test_embeddings_of_8_bit_codes() -> None:
+    world = make_world()
+    scales = np.linspace(0.01, 0.02, VOCAB, dtype=np.float32)
+    codes = np.rint(world.floats["embedding"] / scales[:, None]).clip(-127, 127).astype(np.int8)
+    coded = replace(world.weights, embedding=codes, embedding_scales=scales)
+    wide = replace(world.weights, embedding=codes * scales[:, None])
+    np.testing.assert_array_equal(
+        score(replace(world, weights=coded)), score(replace(world, weights=wide))
+    )
+    for broken in (replace(coded, embedding_scales=None), replace(wide, embedding_scales=scales)):
+        with pytest.raises(DtypeError, match="embedding_scales"):
+            Decoder(CONFIG, broken)
+
+
 @pytest.mark.parametrize("kv_bits", [16, 8, 4])
 @pytest.mark.parametrize("exact", [True, False])
 def test_bits_depend_on_nothing_but_the_sequence(kv_bits: int, exact: bool) -> None:
@@ -325,7 +339,7 @@ def test_logits_go_where_they_are_wanted() -> None:
         with pytest.raises(ShapeError, match="out has shape"):
             decoder.step(batch_of((PAGES, 0, TOKENS, 5)), out=out)
         with pytest.raises(DtypeError, match="out must be float32"):
-            decoder.step(batch_of((PAGES, 0, [1], 1)), out=out.astype(np.float64))  # type: ignore[arg-type]
+            decoder.step(batch_of((PAGES, 0, [1], 1)), out=out.astype(np.float64))
 
 
 def test_the_profile_names_every_operation() -> None:

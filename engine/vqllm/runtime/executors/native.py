@@ -252,6 +252,7 @@ def _decoder_config(config: LlamaConfig, limits: _Limits, options: NativeOptions
 def _load_weights(checkpoint: Checkpoint, context_length: int, num_threads: int) -> DecoderWeights:
     config = checkpoint.config
     cosines, sines = _rotary_table(config, context_length)
+    embedding, scales = _embedding(checkpoint)
     seeds = checkpoint.quantization.transform if checkpoint.quantization is not None else {}
     with MatrixPacker(checkpoint, num_threads) as packer:
         head = packer.pack_head(EMBEDDING if config.tie_word_embeddings else HEAD)
@@ -259,7 +260,8 @@ def _load_weights(checkpoint: Checkpoint, context_length: int, num_threads: int)
         return DecoderWeights(
             layers=[_load_layer(checkpoint, layer, linears) for layer in range(config.num_layers)],
             final_norm=checkpoint.norm(FINAL_NORM),
-            embedding=_embedding(checkpoint),
+            embedding=embedding,
+            embedding_scales=scales,
             head=head.result(),
             cosines=cosines,
             sines=sines,
@@ -317,20 +319,21 @@ def _bias(checkpoint: Checkpoint, layer: int, parts: Sequence[str]) -> Floats | 
     )
 
 
-def _embedding(checkpoint: Checkpoint) -> NDArray[np.generic]:
-    """The table as it lies in the file where it is 16 or 32 bits wide."""
-    store = checkpoint.store
-    if checkpoint.embedding_codes() is not None or EMBEDDING not in store:
-        return checkpoint.embedding().astype(np.float16)
+def _embedding(checkpoint: Checkpoint) -> tuple[NDArray[np.generic], Floats | None]:
+    """The table as it lies in the file, and the scales of its rows where it holds 8-bit codes."""
+    store, coded = checkpoint.store, checkpoint.embedding_codes()
+    if coded is not None:
+        return coded
+    if store.dtype(EMBEDDING) not in ("F32", "F16", "BF16"):
+        return checkpoint.embedding(), None
     table = store.raw(EMBEDDING)
     shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
     if table.shape != shape:
         raise CorruptCheckpoint(
             f"{checkpoint.folder}: {EMBEDDING} has shape {table.shape}, config.json implies {shape}"
         )
-    if store.dtype(EMBEDDING) not in ("F32", "F16", "BF16") or table.ctypes.data % 4:
-        return checkpoint.embedding()
-    return table
+    is_aligned = table.ctypes.data % table.itemsize == 0
+    return (table if is_aligned else table.copy()), None
 
 
 def _rotary_table(config: LlamaConfig, num_positions: int) -> tuple[Floats, Floats]:
