@@ -79,7 +79,7 @@ Tiers make_tiers() {
   tiers[VQ_ISA_AVX2].q4_panels = q4_panels_avx2;
   tiers[VQ_ISA_AVX2].lattice = &lattice_ops_avx2;
   tiers[VQ_ISA_AVX2].scq = &scq_ops_avx2;
-  tiers[VQ_ISA_AVX2].matrix = &matrix_ops_baseline;
+  tiers[VQ_ISA_AVX2].matrix = &matrix_ops_avx2;
   tiers[VQ_ISA_AVX2].supported = found.avx2;
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI)

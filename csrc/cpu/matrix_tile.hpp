@@ -26,6 +26,7 @@ constexpr std::int32_t kBatchFloats = 8192;  // results of a batch chunk, over a
 struct SegmentScale {
   alignas(64) float scale[kPairRows];
   alignas(64) std::int32_t zero[kPairRows];
+  bool has_small_codes;  // all below 16; only where a tier asks
 };
 
 inline void load_segment_scale(const MatrixPart &part, const MatrixStage &stage, std::int32_t panel,
