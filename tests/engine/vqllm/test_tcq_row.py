@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from vqkernels import native_status
+from vqllm.api import AutoQuantizer
+from vqllm.calibration import CalibrationConfig
+from vqllm.checkpoint import Checkpoint
 from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.base import QuantizedLinear
 from vqllm.quantization.hessian import Hessian, HessianFactor, factorize
@@ -146,3 +150,18 @@ def test_the_direction_is_asked_for_by_name() -> None:
     for wrong in ({"direction": "diagonal"}, {"direction": "row", "method": "gptq"}):
         with pytest.raises(InvalidConfig, match="direction"):
             QuantizeConfig(**{"method": "tcq", "bits": 2, **wrong})  # type: ignore[arg-type]
+
+
+def test_a_folder_of_rows_loads_back(tiny_folder: Path, tmp_path: Path) -> None:
+    quantizer = AutoQuantizer.from_pretrained(tiny_folder)
+    text = CalibrationConfig(num_windows=2, window_length=32)
+    quantizer.quantize(
+        text, method="tcq", bits=4, direction="row", preprocess="none", alpha=0, dampings=(0.01,)
+    )
+    folder = quantizer.save_pretrained(tmp_path / "rows")
+    name = "model.layers.0.mlp.down_proj"
+    original, stored = Checkpoint(tiny_folder).linear(name), Checkpoint(folder).linear(name)
+    assert isinstance(original, np.ndarray)
+    assert isinstance(stored, TcqRowLinear)
+    error = np.square(stored.dequantize() - original).mean() / np.square(original).mean()
+    assert error < 0.05
