@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vqllm.calibration import CalibrationConfig, calibration_windows
+from vqllm.calibration import CalibrationConfig, calibration_windows, tuning_windows
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import VqllmError
 from vqllm.fetch import SOURCES, default_cache, fetch
@@ -201,7 +201,8 @@ class AutoQuantizer:
         PlainSource(self.checkpoint)  # refuses a quantized folder before the text is read
         text = "the default text" if calibration.path is None else f"`{calibration.path.name}`"
         windows = calibration_windows(self._tokenizer, calibration)
-        return QuantizeJob(self.checkpoint, config, windows, text)
+        more = tuning_windows(self._tokenizer, calibration) if config.tune_steps else None
+        return QuantizeJob(self.checkpoint, config, windows, text, more)
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,14 @@ class QuantizeJob:
 
     Attributes:
         text: what the text is called in the model card.
+        more_windows: what to tune on; without it the calibration windows.
     """
 
     checkpoint: Checkpoint
     config: QuantizeConfig
     windows: Windows
     text: str
+    more_windows: Windows | None = None
 
     @cached_property
     def source(self) -> WeightSource:
@@ -112,7 +114,8 @@ class QuantizeJob:
             return dict(parts), {}
         config = TuningConfig(steps=self.config.tune_steps, seed=self.config.seed)
         linears = {name: part.linear for name, part in parts.items()}
-        result = tune(self.source, linears, self.windows, config, report)
+        windows = self.windows if self.more_windows is None else self.more_windows
+        result = tune(self.source, linears, windows, config, report)
         return {
             name: QuantizedPart(name, result.linears[name], part.relative_error, part.damping)
             for name, part in parts.items()
