@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vqllm.checkpoint import EMBEDDING, HEAD, Checkpoint
 from vqllm.errors import UnsupportedModel
+from vqllm.integrations.transformers_experts import FusedExperts
 from vqllm.outlier.transform import HadamardRotation, ModelTransform, rotation
 
 _PEERS = {"gptq": ("gptqmodel", "auto_gptq"), "vptq": ("vptq",)}
@@ -85,6 +86,8 @@ class VqllmQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._checkpoint: Checkpoint | None = None
         self._linears: dict[str, DequantizedLinear] = {}
+        self._experts = FusedExperts()
+        self._packed: list[str] = []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint = Checkpoint(_folder_of(model, kwargs.get("checkpoint_files")))
@@ -92,15 +95,18 @@ class VqllmQuantizer(HfQuantizer):
         assert checkpoint.quantization is not None
         for name in checkpoint.linear_names():
             if checkpoint.quantization.marker(name) in checkpoint.store:
-                self._linears[name] = _replaced(model, name)
+                self._packed.append(name)
+                if not self._experts.takes(model, name):
+                    self._linears[name] = _replaced(model, name)
         self._silence(model, checkpoint)
 
     def _silence(self, model: Any, checkpoint: Checkpoint) -> None:
         """Tell transformers that the packed tensors are not its business."""
         tables = [name for name in (EMBEDDING, HEAD) if checkpoint.embedding_codes(name)]
-        stems = [*self._linears, *(name.removesuffix(".weight") for name in tables)]
+        stems = [*self._packed, *(name.removesuffix(".weight") for name in tables)]
         unexpected = (rf"^{_escaped(stem)}\.(?!bias$|weight$)" for stem in stems)
-        missing = (f"^{_escaped(name)}$" for name in tables)
+        filled = [*tables, *self._experts.parameter_names]
+        missing = (f"^{_escaped(name)}$" for name in filled)
         _ignore(model, "_keys_to_ignore_on_load_unexpected", set(unexpected))
         _ignore(model, "_keys_to_ignore_on_load_missing", set(missing))
 
@@ -116,6 +122,7 @@ class VqllmQuantizer(HfQuantizer):
         for name, module in self._linears.items():
             weight = torch.from_numpy(self._checkpoint.dense_linear(name))
             module.weight = weight.to(like.device, like.dtype)
+        self._experts.fill(model, self._checkpoint, like)
         add_rotations(model, self._checkpoint.transform)
         return model
 
@@ -188,7 +195,10 @@ def _folder_of(model: Any, checkpoint_files: list[str] | None) -> Path:
 
 def _replaced(model: Any, name: str) -> DequantizedLinear:
     parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    try:
+        parent = model.get_submodule(parent_name)
+    except AttributeError:
+        parent = None
     linear = getattr(parent, child, None)
     if not isinstance(linear, nn.Linear):
         raise UnsupportedModel(

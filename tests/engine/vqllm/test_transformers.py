@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from support.tiny_models import CONFIGS, VOCAB_SIZE, write_tiny_model
 from vqllm.checkpoint import Checkpoint
+from vqllm.errors import UnsupportedModel
 from vqllm.quantization.saving import CheckpointWriter, FolderPlan
 from vqllm.runtime.executors.torch import TorchExecutor
 
@@ -57,10 +59,10 @@ def write(folder: Path, target: Path, options: Any, plan: FolderPlan) -> Path:
     return target
 
 
-def logits_of_transformers(folder: Path) -> np.ndarray[Any, Any]:
+def logits_of_transformers(folder: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
     with torch.inference_mode():
-        found = model(torch.tensor([TOKENS])).logits[0]
+        found = model(torch.tensor([tokens])).logits[0]
     return np.asarray(found.numpy())
 
 
@@ -87,7 +89,7 @@ def test_logits_are_those_of_our_reference(
     target = write(source, tmp_path / "target", options, plan)
     assert Checkpoint(target).info().format == form
     expected = TorchExecutor(Checkpoint(target), 64).score(TOKENS)
-    np.testing.assert_allclose(logits_of_transformers(target), expected, atol=1e-4)
+    np.testing.assert_allclose(logits_of_transformers(target, TOKENS), expected, atol=1e-4)
     assert np.abs(expected).max() > 1
 
 
@@ -100,3 +102,28 @@ def test_peers_keep_their_formats_when_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert mapping["vqstack"] is integration.VqllmQuantizer
     integration.register(replace=True)
     assert mapping["gptq"] is mapping["vptq"] is integration.VqllmQuantizer
+
+
+FAMILIES = ("llama-biases", "mistral", "qwen2", "deepseek-v2-lite", "deepseek-v3")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_with_its_biases_experts_and_rotations(
+    tmp_path: Path, family: str
+) -> None:
+    """Also experts that transformers 5 keeps in one tensor."""
+    architecture = CONFIGS[family]["architectures"][0]
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    source = write_tiny_model(tmp_path / "source", family)
+    target = write(source, tmp_path / "q", VPTQ, FolderPlan(transform=ROTATED))
+    tokens = [token % VOCAB_SIZE for token in TOKENS]
+    expected = TorchExecutor(Checkpoint(target), 24).score(tokens)
+    np.testing.assert_allclose(logits_of_transformers(target, tokens), expected, atol=1e-4)
+
+
+def test_a_model_without_the_linear_is_refused_with_a_reason() -> None:
+    model = torch.nn.ModuleDict({"layer": torch.nn.Identity()})
+    with pytest.raises(UnsupportedModel, match=r"no linear layer other\.up_proj.*own executors"):
+        integration._replaced(model, "other.up_proj")
