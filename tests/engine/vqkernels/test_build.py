@@ -15,10 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 WIDE_REGISTER = re.compile(r"%[yz]mm\d")
 ZMM_REGISTER = re.compile(r"%zmm\d")
+TIERS = ("avx2", "avx512_vnni", "avx512_vbmi")
 TIER_SOURCES = {
-    f"{kernel}_{tier}.cpp.o"
-    for kernel in ("lattice", "q4", "scq_solve")
-    for tier in ("avx2", "avx512_vnni")
+    f"{path.stem}.cpp.o" for tier in TIERS for path in ROOT.glob(f"csrc/cpu/*_{tier}.cpp")
 }
 
 
@@ -66,6 +65,7 @@ def test_cpp_tests_pass(build_dir: Path) -> None:
     output = run(["ctest", "--test-dir", str(build_dir), "--output-on-failure"])
     assert "100% tests passed" in output
     assert "test_q4" in output
+    assert "test_matrix" in output
 
 
 def test_only_tier_objects_use_wide_registers(build_dir: Path) -> None:
@@ -84,9 +84,11 @@ def test_tier_objects_use_the_instructions_they_are_for(build_dir: Path) -> None
         pytest.skip("tiers exist on x86-64 only")
     for name in sorted(TIER_SOURCES):
         code = disassemble(objects(build_dir)[name])
-        assert bool(ZMM_REGISTER.search(code)) == name.endswith("_avx512_vnni.cpp.o"), name
+        assert bool(ZMM_REGISTER.search(code)) == ("_avx512_" in name), name
     assert "vpmaddubsw" in disassemble(objects(build_dir)["q4_avx2.cpp.o"])
     assert "vpdpbusd" in disassemble(objects(build_dir)["q4_avx512_vnni.cpp.o"])
+    assert "vpermi2b" not in disassemble(objects(build_dir)["matrix_avx512_vnni.cpp.o"])
+    assert "vpmultishiftqb" in disassemble(objects(build_dir)["matrix_avx512_vbmi.cpp.o"])
 
 
 def test_no_tier_object_contracts_multiply_and_add(build_dir: Path) -> None:
@@ -100,8 +102,9 @@ def test_library_exports_the_c_abi_only(build_dir: Path) -> None:
     library = next(build_dir.rglob("libvqkernels_cpu.so"))
     table = run(["nm", "-D", "--defined-only", str(library)])
     names = {line.split()[-1] for line in table.splitlines() if line}
-    header = (ROOT / "csrc/include/vqkernels.h").read_text(encoding="utf-8")
-    declared = set(re.findall(r"^VQ_API .*?\b(vq_\w+)\(", header, flags=re.MULTILINE))
+    headers = (path.read_text(encoding="utf-8") for path in ROOT.glob("csrc/include/*.h"))
+    declaration = re.compile(r"^VQ_API .*?\b(vq_\w+)\(", flags=re.MULTILINE)
+    declared = {name for header in headers for name in declaration.findall(header)}
     assert names == declared
 
 
