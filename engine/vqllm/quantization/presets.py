@@ -142,13 +142,17 @@ def make_recipe(
     if sensitivities is None:
         raise InvalidConfig("sensitivities", None, "measured, for a bit budget")
     chosen = allocate(
-        shapes, sensitivities, lambda name: candidates(config, shapes[name]), config.bpw
+        shapes, sensitivities, lambda name: candidates(config, name, shapes[name]), config.bpw
     )
     return replace(recipe, overrides=chosen)
 
 
-def candidates(config: QuantizeConfig, shape: tuple[int, int]) -> list[Candidate]:
-    """The ways to quantize a linear (out, in) that a bit budget chooses from."""
+def candidates(config: QuantizeConfig, name: str, shape: tuple[int, int]) -> list[Candidate]:
+    """The ways to quantize a linear (out, in) that a bit budget chooses from.
+
+    In a trellis, linears that no norm comes before get a scale per input column: tuning moves it
+    as it moves the norms before the others.
+    """
     if config.method == "vptq":
         return [
             Candidate(options, options.bits_of(*shape), _vptq_distortion(options))
@@ -156,8 +160,11 @@ def candidates(config: QuantizeConfig, shape: tuple[int, int]) -> list[Candidate
         ]
     distortions = _TRELLIS if config.method == "tcq" else _SCALAR
     found = []
+    has_columns = name.endswith(("o_proj", "down_proj"))
     for bits, distortion in distortions.items():
         options = config.options(bits)
+        if isinstance(options, TcqOptions):
+            options = replace(options, column_scales=has_columns)
         found.append(Candidate(options, options.bits_of(*shape), distortion))
     return found
 

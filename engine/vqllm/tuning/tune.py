@@ -1,6 +1,6 @@
 """Distillation of a quantized model from its original: AdamW over scales, codebooks and norms.
 
-Codes, permutations and the embedding stay. The first windows of the text are kept back: tuned
+Codes, permutations and the embedding stay. Some windows of the text are kept back: tuned
 parameters, rounded to the stored precision, are taken only if they bring the student closer to the
 teacher there, so that tuning never makes a model worse by that measure.
 """
@@ -41,7 +41,7 @@ class TuningConfig:
         warmup: part of the steps over which the rate rises; then it falls along a cosine.
         bound: largest relative change of a parameter.
         max_norm: gradients longer than this are shortened.
-        validation_windows: kept back to judge by.
+        validation_windows: kept back to judge by, spread over the text.
         recompute: compute a block's activations again instead of keeping them.
         dtype: of the products with weights.
         device: where to run.
@@ -139,12 +139,13 @@ def tune(
     """
     check_tunable(linears, source)
     _check_windows(windows, config)
-    order = _order(len(windows) - config.validation_windows, config) + config.validation_windows
-    chosen = np.concatenate([np.arange(config.validation_windows), np.unique(order)])
+    kept_back = np.arange(config.validation_windows) * len(windows) // config.validation_windows
+    order = _order(np.setdiff1d(np.arange(len(windows)), kept_back), config)
     head = OutputHead.of(source, config.dtype, config.device)
+    chosen = np.concatenate([kept_back, np.unique(order)])
     targets = _Targets(source, head, windows, chosen)
     student = Student(source, linears, head, config.recompute)
-    run = _Run(student, head, targets, config)
+    run = _Run(student, head, targets, kept_back, config)
     before = run.validate()
     for step in range(config.steps):
         rows = order[step * config.batch_windows : (step + 1) * config.batch_windows]
@@ -164,12 +165,17 @@ def _check_windows(windows: Windows, config: TuningConfig) -> None:
         )
 
 
-def _order(num_windows: int, config: TuningConfig) -> NDArray[np.int64]:
+def _order(windows: NDArray[np.int64], config: TuningConfig) -> NDArray[np.int64]:
     """Windows in the order of use, every one once before any twice."""
     rng = np.random.default_rng(config.seed)
     needed = config.steps * config.batch_windows
-    epochs = [rng.permutation(num_windows) for _ in range(-(-needed // num_windows))]
-    return np.concatenate([np.empty(0, np.int64), *epochs])[:needed].astype(np.int64)
+    epochs = [rng.permutation(windows) for _ in range(-(-needed // len(windows)))]
+    return np.concatenate([np.empty(0, np.int64), *epochs])[:needed]
+
+
+def _mixed(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Attention and rotations in `dtype` as well, where that is a short one."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class _Targets:
@@ -187,7 +193,7 @@ class _Targets:
         self._tokens = torch.from_numpy(windows[chosen])
         device, dtype = head.table.device, head.table.dtype
         rotary = RotaryTable.build(source.config, windows.shape[1], device)
-        with torch.no_grad():
+        with torch.no_grad(), _mixed(device, dtype):
             self._normed = source.embed(self._tokens).clone()
             for layer in range(source.config.num_layers):
                 weights = source.block(layer)
@@ -210,9 +216,16 @@ class _Run:
     """A student on its way."""
 
     def __init__(
-        self, student: Student, head: OutputHead, targets: _Targets, config: TuningConfig
+        self,
+        student: Student,
+        head: OutputHead,
+        targets: _Targets,
+        kept_back: NDArray[np.int64],
+        config: TuningConfig,
     ) -> None:
+        """`kept_back` are the indices of the windows to judge by."""
         self._student, self._head, self._targets = student, head, targets
+        self._kept_back = kept_back
         self._config = config
         self._changes = [tunable.change for tunable in student.tunables]
         self._optimizer = torch.optim.AdamW(
@@ -243,9 +256,7 @@ class _Run:
         """Mean KL per token of some windows."""
         tokens = torch.stack([self._targets.tokens(int(row)) for row in rows])
         teacher = torch.cat([self._targets.normed(int(row)) for row in rows])
-        dtype = self._config.dtype
-        is_mixed = dtype != torch.float32
-        with torch.autocast(self._head.table.device.type, dtype, enabled=is_mixed):
+        with _mixed(self._head.table.device, self._config.dtype):
             hidden = student.hidden(tokens).flatten(0, 1)
         teacher = teacher.to(hidden.device)
         return divergence(self._head, teacher, hidden, student.final_norm) / len(hidden)
@@ -255,9 +266,8 @@ class _Run:
         student = student or self._student
         student.begin()
         with torch.no_grad():
-            rows = np.arange(self._config.validation_windows)
-            parts = np.split(rows, range(1, len(rows)))
-            return sum(float(self._divergence(student, part)) for part in parts) / len(rows)
+            rows = self._kept_back[:, None]
+            return sum(float(self._divergence(student, row)) for row in rows) / len(rows)
 
     def validate_reloaded(
         self, source: WeightSource, linears: dict[str, QuantizedLinear], norms: Norms

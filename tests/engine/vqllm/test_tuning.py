@@ -35,7 +35,7 @@ METHODS: list[MethodOptions] = [
     VptqOptions(4, 16, 4),
 ]
 
-SMALL = TuningConfig(steps=6, batch_windows=2, validation_windows=2, dtype=torch.float32)
+SMALL = TuningConfig(steps=8, batch_windows=4, validation_windows=4, dtype=torch.float32)
 
 Windows = NDArray[np.int64]
 
@@ -56,7 +56,7 @@ def quantized_model(source: WeightSource, options: MethodOptions) -> dict[str, Q
 
 @pytest.fixture
 def text() -> Windows:
-    return np.random.default_rng(5).integers(0, 256, (10, 24)).astype(np.int64)
+    return np.random.default_rng(5).integers(0, 256, (20, 24)).astype(np.int64)
 
 
 @pytest.mark.parametrize("options", METHODS)
@@ -202,7 +202,7 @@ def test_the_rate_rises_and_falls() -> None:
 def test_bad_input(tiny_folder: Path, text: Windows) -> None:
     source = PlainSource(Checkpoint(tiny_folder))
     linears = quantized_model(source, TcqOptions(2))
-    with pytest.raises(CalibrationError, match="keeps 2 windows back"):
+    with pytest.raises(CalibrationError, match="keeps 4 windows back"):
         tune(source, linears, text[:2], SMALL)
     with pytest.raises(UnsupportedModel, match="no linear of this model"):
         tune(source, {"model.layers.9.mlp.up_proj": next(iter(linears.values()))}, text, SMALL)
