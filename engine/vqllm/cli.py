@@ -31,6 +31,7 @@ app.command()(cli_compare.compare)
 app.command()(cli_evaluate.evaluate)
 app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
+app.command()(cli_quantize.rehearse)
 
 ModelArgument = Annotated[
     str, typer.Argument(help=f"Model folder, or a known name: {', '.join(SOURCES)}.")

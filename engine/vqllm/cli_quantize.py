@@ -118,6 +118,41 @@ def quantize(
     _print_info(output)
 
 
+def rehearse(
+    model: Annotated[str, typer.Argument(help="A name that `vqllm plan` knows, or a config.json.")],
+    method: Annotated[str, typer.Option(help="gptq, rtn, vptq or tcq.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="Bits per code.")] = 2,
+    alpha: Annotated[float, typer.Option(help="As for quantize.")] = 0.5,
+    damping: Annotated[str, typer.Option(help="As for quantize.")] = "0.01",
+    windows: Annotated[int, typer.Option(help="Calibration windows.", min=2)] = 16,
+    window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 2048,
+    max_memory: Annotated[str | None, typer.Option(help="Limit such as 20GB.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)] = 0,
+) -> None:
+    """Quantize one block of a model's true shapes with random weights, and measure it."""
+    import torch
+
+    from vqllm.plan.shapes import find_shape
+    from vqllm.quantization.memory import parse_bytes
+    from vqllm.quantization.presets import QuantizeConfig, make_recipe
+    from vqllm.quantization.rehearsal import rehearse as run
+
+    if threads:
+        torch.set_num_threads(threads)
+    wish = QuantizeConfig(method=method, bits=bits, alpha=alpha, dampings=_numbers(damping))
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    shape = find_shape(model)
+    with _Display(len(shape.linear_shapes()), 0) as display:
+        done = run(shape, make_recipe(wish, {}), (windows, window_length), limit, display.report)
+    table = Table(title=f"one block of {model}", show_header=False)
+    table.add_row("way", "lean: weights and states on disk" if done.is_lean else "fast")
+    table.add_row("expected peak", f"{done.expected_bytes / 1e9:.2f} GB")
+    table.add_row("measured peak", f"{done.peak_bytes / 1e9:.2f} GB")
+    table.add_row("seconds", f"{done.seconds:.1f}")
+    table.add_row("worst relative error", f"{done.worst_error:.4f}")
+    _output.print(table)
+
+
 def _print_info(folder: Path) -> None:
     from vqllm.checkpoint import Checkpoint
 
