@@ -1,8 +1,9 @@
-"""The published comparison: `python -m vqllm.evaluation.bench REFERENCE --text NAME=FILE ...`.
+"""The published comparison: `python -m vqllm.evaluation.bench [REFERENCE ...]`.
 
 Runs a fixed grid on one or more references and writes quantization.md, .csv and .json with the
 machine, the date, versions and token counts. Rows are kept in the work folder, so a stopped run
-goes on and a new method adds its rows alone.
+goes on and a new method adds its rows alone. Texts are those of the evaluation data beside the
+checkout unless others are named; peers are run where their programs are named.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +34,8 @@ from vqllm.plan.hardware import find_hardware
 
 SEEDS = (0, 1, 2)
 COMMAND = "make bench-quant"
+TEXTS = {"wikitext2-valid": "wikitext2_tok_valid.txt", "brown-heldout": "brown_heldout.txt"}
+CALIBRATION = "brown_train.txt"
 
 
 def bench_arms(paths: PeerPaths, only: str = "") -> list[Arm]:
@@ -112,23 +116,29 @@ def _named(entries: Iterable[str]) -> dict[str, Path]:
 def main(words: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("references", nargs="+")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("references", nargs="*", default=["smollm2"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--text", action="append", metavar="NAME=FILE")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--json", type=Path, help="another copy of quantization.json")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-quant"))
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--gptqmodel-python", type=Path)
     parser.add_argument("--only", default="", help="arms whose name or family holds a word")
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(words)
+    given.text = given.text or [f"{name}={given.data / file}" for name, file in TEXTS.items()]
+    given.calibration = given.calibration or given.data / CALIBRATION
     if not all("=" in entry for entry in given.text):
         raise InvalidConfig("text", given.text, "NAME=FILE")
     sections = [_run(reference, given) for reference in given.references]
     _write(sections, list(_named(given.text)), given.output)
+    if given.json is not None:
+        shutil.copyfile(given.output / "quantization.json", given.json)
 
 
 def _run(reference: str, given: argparse.Namespace) -> tuple[Comparison, list[Row]]:

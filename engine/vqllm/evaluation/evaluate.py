@@ -175,7 +175,7 @@ def evaluate_folder(
     return Evaluation(
         model=folder.resolve().name,
         method=checkpoint.info().method,
-        executor=options.executor,
+        executor=runner.name,
         sizes=measure_sizes(checkpoint),
         text=text,
         scores=scores,
