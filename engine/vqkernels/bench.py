@@ -1,4 +1,6 @@
-"""``python -m vqkernels.bench``: times the 4-bit GEMV of every tier beside its peers.
+"""``python -m vqkernels.bench``: times the native products beside their peers.
+
+First the 4-bit GEMV of every tier, then packed matrices of every format (bench_matrix).
 
 All contenders get the same weights and are timed in turns within one run, so that load on the
 machine hits them alike; median and minimum over the rounds are printed. Times are what a Python
@@ -227,16 +229,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=defaults.num_threads)
     parser.add_argument("--rounds", type=int, default=defaults.rounds)
     parser.add_argument("--seconds", type=float, default=defaults.seconds)
-    parser.add_argument("--cold", action="store_true", help="weights from memory, not from cache")
+    parser.add_argument("--cold", action="store_true", help="4-bit tiers on weights from memory")
+    parser.add_argument("--only", choices=("tiers", "formats"), help="one of the two tables")
     arguments = parser.parse_args(argv)
     status = native_status()
     print(status)
     if not status.available:
         return 1
     config = BenchConfig(arguments.threads, arguments.rounds, arguments.seconds, arguments.cold)
-    for out_features, in_features in SHAPES:
-        bench_shape(out_features, in_features, config)
+    if arguments.only != "formats":
+        for out_features, in_features in SHAPES:
+            bench_shape(out_features, in_features, config)
+    if arguments.only != "tiers":
+        print_formats(config)
     return 0
+
+
+def print_formats(config: BenchConfig) -> None:
+    """The table of packed matrices, a line as soon as its shape is done."""
+    from vqkernels import bench_matrix
+
+    for row in bench_matrix.run(config):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ class Matrix:
         parts: Weights | Sequence[Weights],
         transform: InputTransform | None = None,
         memory: npt.NDArray[np.uint8] | None = None,
+        is_packed: bool = False,
     ) -> None:
         """``memory``: where to pack, :func:`packed_size` bytes, 64-byte aligned; else allocated.
+        With ``is_packed`` it already holds what the same parts packed there (a cache on disk, a
+        copy); codes and scales are not read then.
 
         Raises:
             ShapeError, LayoutError: parts, transform and memory do not fit together.
@@ -57,6 +60,8 @@ class Matrix:
         structs = _structs(weights, arrays)
         size = _size(structs)
         if memory is None:
+            if is_packed:
+                raise ShapeError("is_packed needs the memory that holds the packed weights")
             memory = aligned_empty(size)
         _check_memory(memory, size)
         handle = ctypes.c_void_p()
@@ -65,7 +70,7 @@ class Matrix:
             len(structs),
             ctypes.byref(input_struct(transform, arrays)),
             memory.ctypes.data,
-            0,
+            int(is_packed),
             ctypes.byref(handle),
         )
         check_status(status, f"packing {self.out_features}x{self.in_features}")
@@ -74,6 +79,11 @@ class Matrix:
         assert handle.value is not None
         self._handle = handle.value
         weakref.finalize(self, matrix_library().vq_matrix_free, self._handle)
+
+    @property
+    def memory(self) -> npt.NDArray[np.uint8]:
+        """The packed form, uint8 (nbytes,); do not write to it."""
+        return self._memory
 
     @property
     def handle(self) -> int:

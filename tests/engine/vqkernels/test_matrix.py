@@ -319,6 +319,19 @@ def test_given_memory_is_used_and_result_array_too() -> None:
     np.testing.assert_array_equal(bits(out), bits(matmul(Matrix(weights), x)))
 
 
+@pytest.mark.parametrize("name", ["grid3-asymmetric", "tcq3", "vq6-1000-256"])
+def test_packed_memory_serves_another_matrix(name: str) -> None:
+    weights = FORMATS[name](40, 200, 3)
+    first = Matrix(weights)
+    memory = aligned_empty(first.nbytes)
+    memory[:] = first.memory
+    second = Matrix(weights, memory=memory, is_packed=True)
+    x = normal(3, 200)
+    np.testing.assert_array_equal(bits(matmul(second, x)), bits(matmul(first, x)))
+    with pytest.raises(ShapeError, match="needs the memory"):
+        Matrix(weights, is_packed=True)
+
+
 def test_concurrent_calls_share_a_matrix() -> None:
     matrix = Matrix(FORMATS["grid4"](64, 256, 3))
     x = normal(256)

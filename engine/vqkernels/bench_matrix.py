@@ -1,0 +1,254 @@
+"""Products of packed matrices beside ONNX Runtime's MatMulNBits at equal bits, hot and cold.
+
+Part of ``python -m vqkernels.bench``, which prints what :func:`run` returns. All contenders of a
+shape are timed in turns within one run. Times are what a Python caller sees and include the
+quantization of activations on both sides.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqkernels import matrix_reference
+from vqkernels.bench import GROUP_SIZE, BenchConfig, Contender, measure
+from vqkernels.matrix import Matrix, aligned_empty, matmul
+from vqkernels.matrix_weights import GridWeights, TcqWeights, VqWeights, Weights
+from vqkernels.pool import ThreadPool
+
+SHAPES: tuple[tuple[int, int], ...] = ((576, 1536), (4096, 4096))
+COLD_BYTES = 80 << 20  # per contender; the last-level cache holds 32 MiB
+ORT_BITS = (2, 4, 8)
+ORT_TOLERANCE = 0.03
+TRELLIS_MULTIPLIER = 2609
+
+Maker = Callable[[np.random.Generator, int, int], Weights]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times of one contender.
+
+    Attributes:
+        name: format, or the peer's.
+        bits: per weight, scales and codebooks included.
+        shape: outputs, inputs.
+        where: "hot" or "cold".
+        num_threads: of the product.
+        median_us, min_us: microseconds per product.
+    """
+
+    name: str
+    bits: float
+    shape: tuple[int, int]
+    where: str
+    num_threads: int
+    median_us: float
+    min_us: float
+
+    def __str__(self) -> str:
+        out, columns = self.shape
+        weights = out * columns
+        return (
+            f"{out:>6}x{columns:<5} {self.where:<4} T{self.num_threads} {self.name:<18} "
+            f"{self.bits:5.2f} bit  median {self.median_us:8.1f} us  min {self.min_us:8.1f} us  "
+            f"{weights / self.median_us / 1e3:6.1f} Gw/s  "
+            f"{weights * self.bits / 8 / self.median_us / 1e3:5.1f} GB/s"
+        )
+
+
+def grid(bits: int) -> Maker:
+    """Uniform codes, groups of 128."""
+
+    def make(random: np.random.Generator, out: int, columns: int) -> Weights:
+        codes = random.integers(0, 1 << bits, (columns, out), dtype=np.uint8)
+        groups = -(-columns // GROUP_SIZE)
+        scales = random.uniform(0.005, 0.015, (groups, out)).astype(np.float16)
+        return GridWeights(codes, scales, bits=bits, group_size=GROUP_SIZE)
+
+    return make
+
+
+def tcq(bits: int) -> Maker:
+    """Random streams, one scale per row."""
+
+    def make(random: np.random.Generator, out: int, columns: int) -> Weights:
+        return TcqWeights(
+            codes=random.integers(0, 256, (columns, -(-out * bits // 8)), dtype=np.uint8),
+            scales=random.uniform(0.005, 0.015, (1, out)).astype(np.float16),
+            table=random.integers(-127, 128, 256).astype(np.int8),
+            multiplier=TRELLIS_MULTIPLIER,
+            bits=bits,
+        )
+
+    return make
+
+
+def vq(length: int, *sizes: int) -> Maker:
+    """Indices that use all entries alike: the worst case for large codebooks."""
+
+    def make(random: np.random.Generator, out: int, columns: int) -> Weights:
+        rows = -(-out // length)
+        return VqWeights(
+            tuple(random.integers(0, k, (rows, columns), dtype=np.uint16) for k in sizes),
+            tuple((random.standard_normal((k, length)) * 0.02).astype(np.float16) for k in sizes),
+            out,
+        )
+
+    return make
+
+
+FORMATS: dict[str, Maker] = {
+    "vq grid 2": grid(2),
+    "vq grid 3": grid(3),
+    "vq grid 4": grid(4),
+    "vq grid 8": grid(8),
+    "vq tcq 2": tcq(2),
+    "vq tcq 3": tcq(3),
+    "vq tcq 4": tcq(4),
+    "vq K256 v4": vq(4, 256),
+    "vq K256+256 v8": vq(8, 256, 256),
+    "vq K4096 v8": vq(8, 4096),
+    "vq K65536 v8": vq(8, 65536),
+}
+
+
+def run(config: BenchConfig, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Row]:
+    """Measure every shape hot and cold; rows come as they are done."""
+    for out, columns in shapes:
+        for where in ("hot", "cold"):
+            yield from bench_shape(out, columns, where, config)
+
+
+def bench_shape(out: int, columns: int, where: str, config: BenchConfig) -> list[Row]:
+    """All formats and peers on one shape."""
+    x = np.random.default_rng(1).standard_normal(columns).astype(np.float32)
+    with ThreadPool(config.num_threads) as pool:
+        contenders = [
+            native_contender(name, make(np.random.default_rng(0), out, columns), x, where, pool)
+            for name, make in FORMATS.items()
+        ]
+        for bits in ORT_BITS:
+            weights = grid(bits)(np.random.default_rng(0), out, columns)
+            assert isinstance(weights, GridWeights)
+            peer = ort_contender(weights, x, where, config.num_threads)
+            contenders += [] if peer is None else [peer]
+        times = measure(contenders, config)
+    return [
+        Row(
+            c.name,
+            c.nbytes * 8 / (out * columns),
+            (out, columns),
+            where,
+            config.num_threads,
+            statistics.median(times[c.name]),
+            min(times[c.name]),
+        )
+        for c in contenders
+    ]
+
+
+def native_contender(
+    name: str, weights: Weights, x: npt.NDArray[np.float32], where: str, pool: ThreadPool
+) -> Contender:
+    """Our product over a ring of packed copies."""
+    first = Matrix(weights)
+    ring = [first]
+    for _ in range(num_copies(first.nbytes, where) - 1):
+        memory = aligned_empty(first.nbytes)
+        memory[:] = first.memory
+        ring.append(Matrix(weights, memory=memory, is_packed=True))
+    y = np.empty(first.out_features, dtype=np.float32)
+
+    def call(i: int) -> Any:
+        return matmul(ring[i % len(ring)], x, pool, out=y)
+
+    return Contender(name, call, first.nbytes)
+
+
+def ort_contender(
+    weights: GridWeights, x: npt.NDArray[np.float32], where: str, num_threads: int
+) -> Contender | None:
+    """MatMulNBits with int8 activations on the same codes; None where it is not installed."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return None
+    nbytes = weights.codes.size * weights.bits // 8 + 4 * weights.scales.size
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    model = matmul_nbits_model(weights)
+    ring = []
+    for _ in range(num_copies(nbytes, where)):
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        binding.bind_cpu_input("x", x[None, :])
+        binding.bind_output("y", "cpu")
+        ring.append((session, binding))
+    session, binding = ring[0]
+    session.run_with_iobinding(binding)
+    check_agreement(weights, x, binding.copy_outputs_to_cpu()[0][0])
+
+    def call(i: int) -> Any:
+        session, binding = ring[i % len(ring)]
+        return session.run_with_iobinding(binding)
+
+    return Contender(f"ort {weights.bits}-bit acc4", call, nbytes)
+
+
+def num_copies(nbytes: int, where: str) -> int:
+    """Copies that overflow the caches, or one that stays in them."""
+    return 1 if where == "hot" else max(2, -(-COLD_BYTES // nbytes))
+
+
+def matmul_nbits_model(weights: GridWeights) -> bytes:
+    """A one-node ONNX model: B [out, groups, bytes], lowest bits first, zero point 2^(bits-1)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    bits, out = weights.bits, weights.out_features
+    padded = weights.num_groups * GROUP_SIZE
+    codes = np.full((padded, out), 1 << (bits - 1), dtype=np.uint8)
+    codes[: weights.in_features] = weights.codes
+    per_byte = 8 // bits
+    blocks = codes.T.reshape(out, weights.num_groups, GROUP_SIZE // per_byte, per_byte)
+    packed = np.zeros(blocks.shape[:-1], dtype=np.uint8)
+    for i in range(per_byte):
+        packed |= blocks[..., i] << np.uint8(i * bits)
+    scales = np.ascontiguousarray(weights.scales.T, dtype=np.float32)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "B", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        K=weights.in_features,
+        N=out,
+        bits=bits,
+        block_size=GROUP_SIZE,
+        accuracy_level=4,
+    )
+    graph = helper.make_graph(
+        [node],
+        "gemv",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, weights.in_features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, out])],
+        [numpy_helper.from_array(packed, "B"), numpy_helper.from_array(scales.ravel(), "scales")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def check_agreement(
+    weights: GridWeights, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]
+) -> None:
+    """A peer that computes something else must not be compared with."""
+    exact = matrix_reference.matmul_float([weights], x[None, :])[0]
+    error = float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
+    if error > ORT_TOLERANCE:
+        raise RuntimeError(f"the peer's result is off by {error:.3f} relative; wrong layout?")
