@@ -63,7 +63,10 @@ def quantize(
     windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 48,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 512,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
-    tune_steps: Annotated[int, typer.Option(help="Steps of tuning afterwards.", min=0)] = 0,
+    tune_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of tuning afterwards; default suits the width.", min=0),
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Limit such as 3GB; slower ways are taken to keep it.")
     ] = None,
@@ -87,11 +90,13 @@ def quantize(
     from vqllm.calibration import CalibrationConfig
     from vqllm.quantization.mappers import make_mapper
     from vqllm.quantization.memory import parse_bytes, peak_bytes, reset_peak
-    from vqllm.quantization.presets import QuantizeConfig
+    from vqllm.quantization.presets import QuantizeConfig, suggested_steps
 
     if threads:
         torch.set_num_threads(threads)
     reset_peak()
+    if tune_steps is None:
+        tune_steps = suggested_steps(method, bpw or bits or 4)
     config = QuantizeConfig(
         method=method,
         bits=bits,

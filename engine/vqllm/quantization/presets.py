@@ -29,6 +29,21 @@ Shapes = Mapping[str, tuple[int, int]]
 _SCALAR = {2: 0.119, 3: 0.0345, 4: 0.0095, 5: 0.0025, 6: 0.00065, 8: 0.00005}
 _TRELLIS = {1: 0.29, 2: 0.0690, 3: 0.0180, 4: 0.0049, 5: 0.0014}
 
+# Steps of tuning that fit the time a quantization takes anyway, up to a number of bits per weight.
+_TUNING: Mapping[str, tuple[tuple[float, int], ...]] = {
+    "tcq": ((2.6, 100), (3.6, 60), (5.0, 30)),
+    "vptq": ((2.6, 100), (3.6, 60), (5.0, 30)),
+    "gptq": ((3.6, 60),),
+}
+
+
+def suggested_steps(method: str, width: float) -> int:
+    """Steps of tuning for a method at `width` bits per weight: the fewer bits, the more it gains.
+
+    0 where rounding is left as it is: at many bits, and for the baselines.
+    """
+    return next((steps for limit, steps in _TUNING.get(method, ()) if width <= limit), 0)
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:

@@ -9,6 +9,7 @@ import pytest
 
 from vqllm.errors import OverBudget
 from vqllm.quantization.allocation import Candidate, allocate
+from vqllm.quantization.presets import suggested_steps
 from vqllm.quantization.tcq import TcqOptions
 
 SHAPES = {"a": (64, 64), "b": (64, 32), "c": (32, 128), "d": (16, 16)}
@@ -87,3 +88,10 @@ def test_the_result_does_not_depend_on_the_order_of_names() -> None:
     assert allocate(SHAPES, SENSITIVITIES, candidates, 2.7) == allocate(
         turned, SENSITIVITIES, candidates, 2.7
     )
+
+
+def test_fewer_bits_are_tuned_longer() -> None:
+    steps = [suggested_steps("tcq", width) for width in (2.25, 3.25, 4.25, 8)]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] > 0
+    assert steps[-1] == suggested_steps("rtn", 2.0) == 0

@@ -33,6 +33,7 @@ def test_a_bit_budget_with_a_memory_limit(
 ) -> None:
     target = tmp_path / "out"
     words = (tiny_folder, "-o", target, "--method", "tcq", "--bpw", "3", "--max-memory", "30GB")
+    words = (*words, "--tune-steps", "2")
     code, output, errors = run(monkeypatch, capsys, *words, *WORDS)
     assert code == 0, errors
     assert "14/14" in errors
