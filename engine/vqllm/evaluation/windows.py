@@ -19,6 +19,8 @@ from vqllm.errors import EvaluationError, InvalidConfig
 
 Windows = NDArray[np.int64]
 
+# Written by SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.8, continuing openings of many
+# kinds; not the text that calibration takes by default. For a first look: report on real text.
 DEFAULT_TEXT = "texts/evaluation_en.txt"
 
 

@@ -139,6 +139,12 @@ def test_bad_texts_are_named(tmp_path: Path, text: Path) -> None:
         WindowConfig(1)
 
 
+def test_the_package_brings_a_text() -> None:
+    text = read_windows(LetterEncoder(), None, WindowConfig(512))
+    assert text.name == "default"
+    assert len(text.windows) > 100
+
+
 def test_intervals_cover_the_mean_and_shrink_with_the_text() -> None:
     values = np.random.default_rng(0).normal(3.0, 1.0, 400)
     few, many = bootstrap_mean(values[:40]), bootstrap_mean(values)
