@@ -27,7 +27,7 @@ from vqllm.calibration import Windows
 from vqllm.decoder.block import trace_block
 from vqllm.decoder.config import DecoderConfig
 from vqllm.decoder.rope import RotaryTable
-from vqllm.decoder.trace import Tap
+from vqllm.decoder.trace import Tap, Trace
 from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.outlier.structure import BLOCK_NORMS, OUTPUT, ROUTER, norm_before
@@ -35,6 +35,7 @@ from vqllm.outlier.transform import ModelTransform
 from vqllm.sources import Tensors, WeightSource, as_float32, layer_of
 
 _TINY = 1e-5
+_MAX_SCALE = 1e3  # keeps what is stored in float16 far from its limits, dead channels or not
 _MAX_JUDGES = 8  # experts whose error decides the scale of the norm they all read
 _BATCH_WINDOWS = 4
 
@@ -229,7 +230,7 @@ def _decide(
             yield _decide_block(weights, source.config, seen, options)
 
 
-def _watch(trace: Any, seen: dict[str, _Seen], step: int) -> Tensor:
+def _watch(trace: Trace, seen: dict[str, _Seen], step: int) -> Tensor:
     """Run a block to its end, noting each input; every `step`-th row is kept."""
     while True:
         try:
@@ -289,7 +290,7 @@ def _scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
     """s (in,) from the peaks of inputs and of weight columns, centred on one."""
     pull = columns.clamp(min=_TINY).pow(1 - alpha)
     scale = inputs.clamp(min=_TINY).pow(alpha) / pull
-    return scale / (scale.max() * scale.min()).sqrt()
+    return (scale / (scale.max() * scale.min()).sqrt()).clamp(1 / _MAX_SCALE, _MAX_SCALE)
 
 
 def _shared(peaks: Tensor, shape: tuple[int, int, int]) -> Tensor:

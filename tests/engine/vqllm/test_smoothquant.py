@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.tiny_models import CONFIGS, VOCAB_SIZE, write_tiny_model
 from vqllm.checkpoint import Checkpoint
@@ -126,3 +127,16 @@ def test_smoothing_helps_where_weight_columns_have_outliers(tmp_path: Path) -> N
 def test_options_out_of_range_are_refused(change: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidConfig, match=field):
         SmoothOptions(**change)  # type: ignore[arg-type]
+
+
+def test_a_dead_channel_gets_a_bounded_scale(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][5] = 0
+    save_file(tensors, folder / "model.safetensors")
+    source = PlainSource(Checkpoint(folder))
+    smoothed = SmoothedSource.calibrated(source, WINDOWS, OPTIONS)
+    for layer in smoothed.layers:
+        for scale in layer.scales.values():
+            assert 1e-3 <= float(scale.min()) <= float(scale.max()) <= 1e3
+    assert_same_function(smoothed, source)
