@@ -12,6 +12,7 @@ from torch import Tensor
 from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.hessian import HessianFactor, factorize
 from vqllm.quantization.vptq import VptqOptions, quantize_vptq
+from vqllm.quantization.vptq_candidates import vptq_candidates
 from vqllm.quantization.vptq_kmeans import assign, kmeans
 from vqllm.quantization.vptq_linear import VptqLinear
 from vqllm.quantization.vptq_reading import read_vptq
@@ -203,3 +204,28 @@ def test_the_scale_of_the_hessian_does_not_matter() -> None:
     )
     for part, values in first.items():
         np.testing.assert_array_equal(values, second[part])
+
+
+@pytest.mark.parametrize("shape", [(192, 576), (576, 1536), (4096, 4096)])
+def test_candidates_trade_bits_for_distortion(shape: tuple[int, int]) -> None:
+    candidates = vptq_candidates(*shape, replace(SMALL, seed=7))
+    bits = [candidate.bits for candidate in candidates]
+    distortions = [candidate.distortion for candidate in candidates]
+    assert bits == sorted(bits)
+    assert distortions == sorted(distortions, reverse=True)
+    assert len(candidates) > 8
+    for candidate in candidates:
+        assert candidate.bits == candidate.options.bits_of(*shape)
+        assert candidate.options.method == "vptq"
+
+
+def test_small_layers_are_not_offered_large_codebooks() -> None:
+    def largest(rows: int, columns: int, below: float) -> int:
+        chosen = [
+            candidate.options
+            for candidate in vptq_candidates(rows, columns)
+            if candidate.bits <= below * rows * columns
+        ]
+        return max(o.num_centroids for o in chosen if isinstance(o, VptqOptions))
+
+    assert largest(64, 64, below=4.0) < largest(4096, 4096, below=3.0)
