@@ -19,6 +19,7 @@ from vqllm.quantization.rtn import RtnOptions
 from vqllm.quantization.tcq import TcqOptions
 from vqllm.quantization.tcq_row import TcqRowOptions
 from vqllm.quantization.vptq import VptqOptions
+from vqllm.quantization.vptq_candidates import vptq_candidates
 
 DIRECTIONS = ("column", "row")
 PREPROCESSING = ("none", "quarot", "smoothquant")
@@ -127,11 +128,11 @@ def _options(config: QuantizeConfig, bits: int) -> MethodOptions:
 
 
 def _vptq_options(bits: int, seed: int) -> VptqOptions:
-    """Vectors of 4 with 2 bits per weight in the main codebook, the rest in the residual one."""
-    if not 1 <= bits <= 4:
+    """The best codebooks of that many index bits per weight; see `vptq_candidates`."""
+    sizes = {1: (4, 16, 0), 2: (4, 256, 0), 3: (3, 512, 0), 4: (4, 256, 256)}
+    if bits not in sizes:
         raise InvalidConfig("bits", bits, "1 to 4 for vptq")
-    residual = 2 ** (4 * (bits - 2)) if bits > 2 else 0
-    return VptqOptions(4, 2 ** (4 * min(bits, 2)), residual, seed=seed)
+    return VptqOptions(*sizes[bits], seed=seed)
 
 
 def make_recipe(
@@ -165,17 +166,15 @@ def make_recipe(
 def candidates(config: QuantizeConfig, name: str, shape: tuple[int, int]) -> list[Candidate]:
     """The ways to quantize a linear (out, in) that a bit budget chooses from.
 
-    In a trellis, linears that no norm comes before get a scale per input column: tuning moves it
-    as it moves the norms before the others.
+    Linears that no norm comes before get a scale per input column: tuning moves it as it moves the
+    norms before the others.
     """
+    has_columns = name.endswith(("o_proj", "down_proj"))
     if config.method == "vptq":
-        return [
-            Candidate(options, options.bits_of(*shape), _vptq_distortion(options))
-            for options in _vptq_choices(config.seed)
-        ]
+        found = vptq_candidates(*shape, VptqOptions(seed=config.seed))
+        return [c for c in found if not (has_columns and _lacks_norm(c.options))]
     distortions = _TRELLIS if config.method == "tcq" else _SCALAR
     found = []
-    has_columns = name.endswith(("o_proj", "down_proj"))
     for bits, distortion in distortions.items():
         options = config.options(bits)
         if isinstance(options, TcqOptions):
@@ -184,17 +183,5 @@ def candidates(config: QuantizeConfig, name: str, shape: tuple[int, int]) -> lis
     return found
 
 
-def _vptq_choices(seed: int) -> list[VptqOptions]:
-    return [
-        VptqOptions(4, main, residual, seed=seed)
-        for main in (16, 64, 256)
-        for residual in (0, 16, 64, 256)
-        if residual == 0 or main == 256
-    ]
-
-
-def _vptq_distortion(options: VptqOptions) -> float:
-    """Of trained codebooks on a Gaussian: 0.6 bits' worth short of 4^-bits at most rates."""
-    entries = options.num_centroids * max(options.num_res_centroids, 1)
-    bits = (entries.bit_length() - 1) / options.vector_length
-    return 1.6 * float(4.0**-bits)
+def _lacks_norm(options: MethodOptions) -> bool:
+    return isinstance(options, VptqOptions) and not options.has_norm
