@@ -14,7 +14,7 @@ from vqllm.evaluation.peers.gptqmodel import GptqModel
 from vqllm.evaluation.peers.llamacpp import FILE_TYPES, LlamaCpp
 
 BITS = (2, 3, 4)
-PLAIN = ("--preprocess", "none", "--alpha", "0", "--damping", "0.01")
+PLAIN = ("--preprocess", "none", "--alpha", "0", "--damping", "0.01", "--tune-steps", "0")
 BASELINE = "baseline"
 
 

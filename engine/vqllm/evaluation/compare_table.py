@@ -21,7 +21,7 @@ from vqllm.evaluation.compare import Row
 from vqllm.evaluation.statistics import bootstrap_mean, bootstrap_ratio, ratio_interval
 
 BRACKETS = ((2.0, 2.4), (3.0, 3.5), (4.0, 4.6))
-OURS = "ours"
+OURS, PUBLISHED = "ours", "VPTQ as published"
 
 Cell = str | float | int | None
 
@@ -208,10 +208,13 @@ def _excess_section(arms: Sequence[ArmResult]) -> list[str]:
     by_name = {arm.name: arm for arm in arms}
     lines: list[dict[str, Cell]] = []
     for name, arm in by_name.items():
-        ours = by_name.get(name.replace("VPTQ as published", "vptq"))
-        if name.startswith("VPTQ as published") and ours is not None:
-            part = _with_interval(excess_removed(ours, arm))
-            lines.append({"codebooks of": ours.name, "excess loss removed": part})
+        if not name.startswith(PUBLISHED):
+            continue
+        same = name.replace(PUBLISHED, "vptq")
+        for ours in (by_name.get(same), by_name.get(f"{same} tune-steps 0")):
+            if ours is not None:
+                part = _with_interval(excess_removed(ours, arm))
+                lines.append({"codebooks of": ours.name, "excess loss removed": part})
     if not lines:
         return []
     return ["VPTQ as published against ours, same codebook sizes:", "", markdown_table(lines), ""]
