@@ -136,7 +136,7 @@ class _Estimate:
         self._batch_tokens = windows_per_batch(windows_shape[1]) * windows_shape[1]
         self._streams = 2 if recipe.alpha > 0 else 1
         self._halves = 2 if len(recipe.dampings) > 1 else 1
-        self._base = resident_bytes() + _SLACK + _FLOAT * config.vocab_size * config.hidden_size
+        self._base = resident_bytes() + _SLACK
 
     def fast(self) -> int:
         """Everything in memory."""
