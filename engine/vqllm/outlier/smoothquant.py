@@ -306,7 +306,7 @@ def _error(
     scale: Tensor | None,
     options: SmoothOptions,
 ) -> float:
-    """Squared error of rounded weights on rounded inputs, against the `exact` outputs."""
+    """Relative squared error of rounded weights on rounded inputs, summed over the readers."""
     scale = torch.ones(rows.shape[1]) if scale is None else scale
     inputs = rows / scale
     if options.activation_bits:
@@ -314,7 +314,8 @@ def _error(
     error = 0.0
     for matrix, outputs in zip(matrices, exact, strict=True):
         rounded = _rounded(matrix * scale, options.bits, options.group_size)
-        error += float((F.linear(inputs, rounded) - outputs).square().sum())
+        missed = (F.linear(inputs, rounded) - outputs).square().sum()
+        error += float(missed / outputs.square().sum().clamp(min=_TINY))
     return error
 
 
