@@ -106,6 +106,6 @@ struct Codes<KvFormat::kInt4> {
 namespace vq {
 
 const DecodeOps decode_ops_avx2 = {
-    rms_norm, silu_multiply, add, attend, store_key, store_value, rotate, read_all};
+    rms_norm, silu_multiply, add, attend, store_key, store_value, rotate, nullptr, read_all};
 
 }  // namespace vq

@@ -63,12 +63,71 @@ struct Codes<KvFormat::kInt4> {
 }  // namespace
 }  // namespace vq
 
+namespace vq {
+namespace {
+
+constexpr int kGroupVectors = kActivationGroup / 16;
+constexpr float kSmallestMax = 1e-30f;  // below this, 127 / amax would overflow
+constexpr std::int32_t kInfinityBits = 0x7f800000;
+constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
+
+void load_group(const float *x, std::int32_t count, __m512 *values) {
+  for (int i = 0; i < kGroupVectors; ++i) {
+    const std::int32_t left = count - 16 * i;
+    const auto mask = static_cast<__mmask16>(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+    values[i] = _mm512_maskz_loadu_ps(mask, x + 16 * i);
+  }
+}
+
+// max |x| as float bits, which order like the floats; NaN stands above infinity.
+std::int32_t max_abs_bits(const __m512 *values) {
+  __m512i highest = _mm512_setzero_si512();
+  for (int i = 0; i < kGroupVectors; ++i) {
+    const __m512i bits = _mm512_castps_si512(values[i]);
+    highest = _mm512_max_epi32(highest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+  }
+  return _mm512_reduce_max_epi32(highest);
+}
+
+__m512i round_codes(__m512 values, __m512 inverse) {
+  const __m512 magic = _mm512_set1_ps(kRoundMagic);
+  const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(values, inverse), magic);
+  return _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_castps_si512(magic));
+}
+
+bool quantize(const float *x, std::int32_t count, const ActivationBuffers &row) {
+  std::int32_t *prefix = row.prefix;
+  prefix[0] = 0;
+  for (std::int32_t column = 0; column < count; column += kActivationGroup) {
+    __m512 values[kGroupVectors];
+    load_group(x + column, count - column, values);
+    const std::int32_t bits = max_abs_bits(values);
+    if (bits >= kInfinityBits) return false;
+    const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+    const bool is_zero = amax < kSmallestMax;
+    row.scales[column / kActivationGroup] = is_zero ? 0.0f : amax / 127.0f;
+    const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : 127.0f / amax);
+    for (int i = 0; i < kGroupVectors; i += 2, ++prefix) {
+      const __m512i a = round_codes(values[i], inverse);
+      const __m512i b = round_codes(values[i + 1], inverse);
+      auto *q = reinterpret_cast<__m128i *>(row.q + column + 16 * i);
+      _mm_storeu_si128(q, _mm512_cvtepi32_epi8(a));
+      _mm_storeu_si128(q + 1, _mm512_cvtepi32_epi8(b));
+      prefix[1] = prefix[0] + _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    }
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace vq
+
 #define VQ_DECODE_QUERIES 4
 #include "decode_tier.hpp"
 
 namespace vq {
 
 const DecodeOps decode_ops_avx512_vnni = {
-    rms_norm, silu_multiply, add, attend, store_key, store_value, rotate, read_all};
+    rms_norm, silu_multiply, add, attend, store_key, store_value, rotate, quantize, read_all};
 
 }  // namespace vq

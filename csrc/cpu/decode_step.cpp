@@ -333,9 +333,24 @@ struct vq_decoder::Part {
 
   void quantize_shared(const vq::Projection &projection, const float *x, std::int32_t row) {
     for (std::int32_t i = 0; i < projection.num_inputs; ++i) {
-      note(vq::quantize_rows(*projection.parts[i], x, decoder.widest_, row, 1,
-                             decoder.shared_[static_cast<std::size_t>(i)].buffers));
+      quantize(projection, i, x, row, decoder.shared_[static_cast<std::size_t>(i)].buffers);
     }
+  }
+
+  // Row `row` of the buffers from x, for part i.
+  void quantize(const vq::Projection &projection, std::int32_t i, const float *x, std::int32_t row,
+                const vq::ActivationBuffers &buffers) {
+    const vq::MatrixShape &shape = projection.shapes[i];
+    if (ops.quantize == nullptr || shape.has_transform != 0 || shape.has_column_bias != 0) {
+      note(vq::quantize_rows(*projection.parts[i], x, decoder.widest_, row, 1, buffers));
+      return;
+    }
+    const std::int32_t in = shape.in_features;
+    const vq::ActivationBuffers own{buffers.q + std::int64_t{row} * vq::padded_columns(in),
+                                    buffers.scales + std::int64_t{row} * vq::activation_groups(in),
+                                    buffers.prefix + std::int64_t{row} * vq::prefix_length(in),
+                                    nullptr};
+    if (!ops.quantize(x, in, own)) note(VQ_ERR_NONFINITE);
   }
 
   void multiply(const vq::Projection &projection, std::int32_t i, std::int32_t rows, float *outputs,
@@ -352,7 +367,7 @@ struct vq_decoder::Part {
     vq::ActivationSet &set = is_alone ? decoder.private_[static_cast<std::size_t>(index)]
                                       : decoder.shared_[static_cast<std::size_t>(shares ? 0 : i)];
     if (is_alone && (i == 0 || !shares)) {
-      note(vq::quantize_rows(matrix, scratch.normed, decoder.widest_, 0, 1, set.buffers));
+      quantize(projection, i, scratch.normed, 0, set.buffers);
     }
     const vq::MatrixShape &shape = projection.shapes[i];
     const vq::Activations inputs{set.buffers.q,
