@@ -273,10 +273,13 @@ class TunableLinear:
         scaled = inputs
         if "column_scales" in self._outer:
             scaled = inputs * self._outer["column_scales"].value
-        outputs = F.linear(scaled.to(self._dtype), self._matrix).to(inputs.dtype)
-        if "column_biases" in self._outer:
-            outputs = outputs + (inputs * self._outer["column_biases"].value).sum(-1, keepdim=True)
-        return outputs if self._rows is None else outputs * self._rows.value
+        outputs = F.linear(scaled.to(self._dtype), self._matrix)
+        if self._rows is not None:  # in the short dtype the outputs are kept for going back
+            return outputs * self._rows.value
+        if "column_biases" not in self._outer:
+            return outputs.to(inputs.dtype)
+        biases = self._outer["column_biases"].value
+        return outputs.to(inputs.dtype) + (inputs * biases).sum(-1, keepdim=True)
 
     def finish(self) -> None:
         """Pull the core's gradient back to its parameters, and forget it."""
