@@ -55,7 +55,7 @@ MODEL = {
 class TrainingConfig:
     """A run of AdamW: `batch_size` windows of `window_length` tokens a step, cosine rate."""
 
-    num_steps: int = 2000
+    num_steps: int = 700
     batch_size: int = 4
     window_length: int = 256
     learning_rate: float = 2e-3
