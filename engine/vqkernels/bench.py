@@ -38,12 +38,13 @@ Call = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: ``call(i)`` runs one GEMV on weight copy i, reading ``nbytes``."""
+    """Something to time: ``call(i)`` runs ``products`` GEMVs on weight copy i, ``nbytes`` each."""
 
     name: str
     call: Call
     nbytes: int
     isa: Isa | None = None
+    products: int = 1
 
 
 @dataclass(frozen=True)
