@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from vqkernels import NativeStatus, forced_isa, native_status, supported_isas
 from vqllm.checkpoint import Checkpoint
@@ -150,6 +150,22 @@ def test_an_untied_head(make_folder: MakeFolder, tmp_path: Path) -> None:
     head = torch.randn(258, 64, generator=torch.Generator().manual_seed(6))
     folder = make_folder(tensors={"lm_head.weight": head}, tie_word_embeddings=False)
     assert_follows_the_reference(quantized(folder, tmp_path / "q"))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tables_of_8_bit_codes(make_folder: MakeFolder, tmp_path: Path, is_tied: bool) -> None:
+    head = torch.randn(258, 64, generator=torch.Generator().manual_seed(6))
+    tensors = {} if is_tied else {"lm_head.weight": head}
+    folder = make_folder(tensors=tensors, tie_word_embeddings=is_tied)
+    path = quantized(folder, tmp_path / "q").folder / "model.safetensors"
+    stored = load_file(path)
+    for stem in ("model.embed_tokens", "lm_head")[: 1 if is_tied else 2]:
+        table = stored.pop(f"{stem}.weight")
+        scales = (np.abs(table).max(1) / 127).astype(np.float32)
+        stored[f"{stem}.weight_codes"] = np.rint(table / scales[:, None]).astype(np.int8)
+        stored[f"{stem}.weight_scales"] = scales
+    save_file(stored, path)
+    assert_follows_the_reference(Checkpoint(tmp_path / "q"))
 
 
 @pytest.mark.parametrize(("kv_bits", "bound"), [(8, 0.02), (4, 0.2)])
