@@ -24,7 +24,14 @@ from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.base import Arrays, QuantizedLinear, checked_parameters
 from vqllm.quantization.hessian import HessianFactor
 from vqllm.quantization.sweep import Grid, refit_scales, sweep_columns
-from vqllm.quantization.trellis import DEVIATION, TrellisCodebook, check_size, codebook_of, decode
+from vqllm.quantization.trellis import (
+    DEVIATION,
+    TrellisCodebook,
+    check_size,
+    codebook_key,
+    codebook_of,
+    decode,
+)
 
 _SCALE_FLOOR = 2.0**-24  # smallest positive float16, so that no scale rounds to zero
 _LARGEST_HALF = 65504.0
@@ -147,6 +154,7 @@ class TcqLinear(QuantizedLinear):
             "method": self.method,
             "bits": self.codebook.bits,
             "trellis_bits": self.codebook.trellis_bits,
+            "multiplier": self.codebook.multiplier,
             "group_size": self.group_size,
         }
 
@@ -163,9 +171,7 @@ class TcqLinear(QuantizedLinear):
             KeyError, ValueError: a tensor is missing or has another shape or dtype.
         """
         bits, trellis_bits = int(entry["bits"]), int(entry["trellis_bits"])
-        codebook = codebook or codebook_of(bits, trellis_bits)
-        if (codebook.bits, codebook.trellis_bits) != (bits, trellis_bits):
-            raise ValueError(f"the codebook is {codebook.key}, the layer {bits}x{trellis_bits}")
+        codebook = checked_codebook(entry, codebook or codebook_of(bits, trellis_bits))
         return cls(
             codes=tensors["codes"],
             scales=tensors["scales"],
@@ -200,6 +206,22 @@ def quantize_tcq(weight: Tensor, factor: HessianFactor, options: TcqOptions) -> 
         levels = decode(codebook, codes, weight.shape[0])
         grid = replace(grid, scales=_refit(weight, levels, grid, hessian))
     return _linear(codes, grid, codebook, options)
+
+
+def checked_codebook(entry: Mapping[str, Any], codebook: TrellisCodebook) -> TrellisCodebook:
+    """The codebook, if it is the one that the layer of `entry` was made with.
+
+    Raises:
+        ValueError: it has another size or another multiplier.
+    """
+    key = codebook_key(int(entry["bits"]), int(entry["trellis_bits"]))
+    multiplier = int(entry.get("multiplier", codebook.multiplier))
+    if (codebook.key, codebook.multiplier) != (key, multiplier):
+        raise ValueError(
+            f"the codebook is {codebook.key} with multiplier {codebook.multiplier}, "
+            f"the layer was made with {key} and {multiplier}"
+        )
+    return codebook
 
 
 def checked_weight(weight: Tensor) -> Tensor:

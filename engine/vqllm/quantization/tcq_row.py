@@ -26,7 +26,13 @@ from vqllm.errors import InvalidConfig
 from vqllm.quantization.base import Arrays, QuantizedLinear, checked_parameters
 from vqllm.quantization.hessian import HessianFactor, factorize
 from vqllm.quantization.sweep import refit_scales
-from vqllm.quantization.tcq import TcqOptions, checked_weight, first_scales, rounded_scales
+from vqllm.quantization.tcq import (
+    TcqOptions,
+    checked_codebook,
+    checked_weight,
+    first_scales,
+    rounded_scales,
+)
 from vqllm.quantization.trellis import TrellisCodebook, check_size, codebook_of, codes_of, decode
 
 
@@ -111,6 +117,7 @@ class TcqRowLinear(QuantizedLinear):
             "method": self.method,
             "bits": self.codebook.bits,
             "trellis_bits": self.codebook.trellis_bits,
+            "multiplier": self.codebook.multiplier,
             "in_features": self.width,
         }
 
@@ -120,6 +127,7 @@ class TcqRowLinear(QuantizedLinear):
     ) -> Self:
         """Inverse of `tensors` and `entry`; see `TcqLinear.from_tensors`."""
         codebook = codebook or codebook_of(int(entry["bits"]), int(entry["trellis_bits"]))
+        codebook = checked_codebook(entry, codebook)
         return cls(tensors["codes"], tensors["scales"], int(entry["in_features"]), codebook)
 
     def parameters(self) -> Arrays:

@@ -181,6 +181,9 @@ def test_a_stored_codebook_is_used_instead_of_the_shipped_one(
     other = codebook_of(3, 10)
     with pytest.raises(ValueError, match="3x10"):
         TcqLinear.from_tensors(linear.tensors(), linear.entry(), other)
+    newer = replace(linear.codebook, multiplier=linear.codebook.multiplier ^ 2)
+    with pytest.raises(ValueError, match="multiplier"):
+        TcqLinear.from_tensors(linear.tensors(), linear.entry(), newer)
 
 
 def test_misshapen_parts_are_refused(weight: Tensor, factor: HessianFactor) -> None:
