@@ -19,7 +19,8 @@ namespace vq {
 Buffer::Buffer(std::int64_t num_bytes)
     : num_bytes_(static_cast<std::size_t>(std::max<std::int64_t>(num_bytes, 64))) {
 #if defined(VQ_HAVE_MMAP)
-  void *memory = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  constexpr int kAccess = PROT_READ | PROT_WRITE;
+  void *memory = mmap(nullptr, num_bytes_, kAccess, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
   constexpr std::size_t kWorthwhile = std::size_t{8} << 20;

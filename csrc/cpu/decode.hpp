@@ -1,5 +1,5 @@
-// A decoder: its weights by address, its paged cache, the scratch of one step, and the plan that the
-// threads of a step follow. Knows the interface of packed matrices (matrix.hpp), no format.
+// A decoder: its weights by address, its paged cache, the scratch of one step, and the plan that
+// the threads of a step follow. Knows the interface of packed matrices (matrix.hpp), no format.
 #pragma once
 
 #include <atomic>

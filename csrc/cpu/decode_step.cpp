@@ -360,7 +360,8 @@ struct vq_decoder::Part {
     const std::int32_t end = vq::split_begin(matrix, index + 1, count);
     if (config.exact != 0) {
       const float *x = is_alone ? scratch.normed : decoder.normed_.floats();
-      note(vq::multiply_panels_exact(matrix, x, decoder.widest_, rows, outputs, stride, begin, end));
+      note(vq::multiply_panels_exact(matrix, x, decoder.widest_, rows, outputs, stride, begin,
+                                     end));
       return;
     }
     const bool shares = projection.num_inputs == 1;
@@ -436,8 +437,8 @@ struct vq_decoder::Part {
     return cache_of(layer, kv_head) + page * kv.page_stride + offset;
   }
 
-  // Queries of one key-value head in a span, in order of rows, go in jobs that share what they load.
-  // Few of them are cut into equal runs; many are dealt out in turn, because later ones cost more.
+  // Queries of one key-value head in a span, in order of rows, go in jobs that share what they
+  // load. Few of them are cut into equal runs; many are dealt out in turn, because later ones cost more.
   void attend(std::int32_t layer) {
     const std::int32_t group = config.num_heads / config.num_kv_heads;
     const std::int64_t total = std::int64_t{num_rows} * config.num_heads;
