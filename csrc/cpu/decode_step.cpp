@@ -438,7 +438,8 @@ struct vq_decoder::Part {
   }
 
   // Queries of one key-value head in a span, in order of rows, go in jobs that share what they
-  // load. Few of them are cut into equal runs; many are dealt out in turn, because later ones cost more.
+  // load. Few of them are cut into equal runs; many are dealt out in turn, because later ones cost
+  // more.
   void attend(std::int32_t layer) {
     const std::int32_t group = config.num_heads / config.num_kv_heads;
     const std::int64_t total = std::int64_t{num_rows} * config.num_heads;
