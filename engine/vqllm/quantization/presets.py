@@ -13,7 +13,6 @@ from vqllm.errors import InvalidConfig
 from vqllm.quantization.allocation import Candidate, allocate
 from vqllm.quantization.base import GroupedSpec, MethodOptions
 from vqllm.quantization.gptq import GptqOptions
-from vqllm.quantization.methods import method_of
 from vqllm.quantization.recipe import DEFAULT_DAMPINGS, Recipe
 from vqllm.quantization.rtn import RtnOptions
 from vqllm.quantization.tcq import TcqOptions
@@ -21,6 +20,7 @@ from vqllm.quantization.tcq_row import TcqRowOptions
 from vqllm.quantization.vptq import VptqOptions
 from vqllm.quantization.vptq_candidates import vptq_candidates
 
+METHOD_NAMES = ("gptq", "rtn", "vptq", "tcq")
 DIRECTIONS = ("column", "row")
 PREPROCESSING = ("none", "quarot", "smoothquant")
 
@@ -51,7 +51,7 @@ class QuantizeConfig:
     """What to make of a model.
 
     Attributes:
-        method: a key of METHODS.
+        method: one of METHOD_NAMES.
         bits: nominal width of a code; None with `bpw`.
         bpw: true bits per weight of all linears together, overhead counted; the width and sizes of
             every linear are chosen so that the total meets it.
@@ -80,7 +80,8 @@ class QuantizeConfig:
     tune_steps: int = 0
 
     def __post_init__(self) -> None:
-        method_of(self.method)
+        if self.method not in METHOD_NAMES:
+            raise InvalidConfig("method", self.method, f"one of {', '.join(METHOD_NAMES)}")
         if self.direction not in DIRECTIONS:
             raise InvalidConfig("direction", self.direction, f"one of {DIRECTIONS}")
         if self.direction == "row" and (self.method != "tcq" or self.group_size):

@@ -46,7 +46,7 @@ class SpilledTensors(dict[str, Tensor]):
         self._count += 1
         path = self._folder / f"{name}.{self._count}.f32"
         with disk_errors(path):
-            tensor.detach().contiguous().numpy().tofile(path)
+            path.write_bytes(tensor.detach().contiguous().numpy().data)
         self._paths[name], self._shapes[name] = path, tensor.shape
         dict.__setitem__(self, name, torch.empty(0))
 

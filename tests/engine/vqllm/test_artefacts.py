@@ -14,9 +14,9 @@ import torch
 from vqllm.errors import CorruptArtefact, DiskFull, ResumeMismatch
 from vqllm.quantization.artefacts import WorkFolder
 from vqllm.quantization.hessian import factorize
-from vqllm.quantization.methods import METHODS, method_of
+from vqllm.quantization.methods import method_of
 from vqllm.quantization.parts import QuantizedPart
-from vqllm.quantization.presets import QuantizeConfig
+from vqllm.quantization.presets import METHOD_NAMES, QuantizeConfig
 from vqllm.quantization.recipe import Recipe
 from vqllm.quantization.tcq import TcqOptions
 
@@ -40,7 +40,7 @@ def work(tmp_path: Path) -> WorkFolder:
     return folder
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_method_comes_back_as_it_was(tmp_path: Path, method: str, bits: int) -> None:
     folder, part = WorkFolder(tmp_path / "out", KEY), part_of(method, bits)
@@ -137,6 +137,15 @@ def test_a_full_disk_names_the_file_and_keeps_the_rest(
     assert work.load(NAME) is not None
     assert work.load("model.layers.1.x") is None
     assert not list(work.path.glob("*.part"))
+
+
+def test_a_disk_that_is_really_full(work: WorkFolder) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no /dev/full")
+    (work.path / "other.safetensors.part").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match=r"other\.safetensors \(No space left"):
+        work.save(QuantizedPart("other", part_of("gptq").linear, 0.0))
+    assert work.load("other") is None
 
 
 def test_other_errors_of_the_system_stay_what_they_are(

@@ -82,7 +82,7 @@ def test_the_error_does_not_depend_on_the_block_of_columns(
 def test_sampled_rows_are_distinct_rows_of_the_weight(num_rows: int) -> None:
     rows = layer._sampled_rows(num_rows)
     assert len(rows) == min(num_rows, layer.TRIAL_ROWS)
-    assert len(rows.unique()) == len(rows)
+    assert len(set(rows.tolist())) == len(rows)
     assert rows.max() < num_rows
 
 

@@ -123,6 +123,14 @@ def test_no_room_to_spill_is_said_before_it_is_used(
         SpilledTensor(tmp_path / "x.f32", (3,))
 
 
+def test_a_disk_that_fills_up_while_weights_are_spilled(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no /dev/full")
+    (tmp_path / "b.2.f32").symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match=r"no room to write .*b\.2\.f32 \(No space left"):
+        SpilledTensors(tmp_path, {"a": torch.zeros(3), "b": torch.zeros(3)})
+
+
 def test_the_search_for_a_damping_costs_memory() -> None:
     searching = QuantizeConfig(method="tcq", bits=2)
     single = replace(searching, dampings=(0.01,))

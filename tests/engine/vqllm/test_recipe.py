@@ -10,8 +10,7 @@ import pytest
 from vqllm.errors import InvalidConfig, OverBudget
 from vqllm.quantization.base import GroupedSpec
 from vqllm.quantization.gptq import GptqOptions
-from vqllm.quantization.methods import METHODS
-from vqllm.quantization.presets import QuantizeConfig, make_recipe
+from vqllm.quantization.presets import METHOD_NAMES, QuantizeConfig, make_recipe
 from vqllm.quantization.recipe import Recipe, options_from_dict, options_to_dict
 from vqllm.quantization.tcq import TcqOptions
 from vqllm.quantization.vptq import VptqOptions
@@ -35,7 +34,7 @@ def test_json_and_back() -> None:
     assert again.options_of("other") == recipe.default
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_options_of_every_method_survive_json(method: str) -> None:
     options = QuantizeConfig(method=method, bits=2).options()
     again = options_from_dict(json.loads(json.dumps(options_to_dict(options))))
@@ -96,7 +95,7 @@ def test_a_bit_budget_is_met_and_used(method: str, bpw: float) -> None:
     assert {o.method for o in recipe.overrides.values()} == {method}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_an_impossible_budget_names_what_can_be_had(method: str) -> None:
     config = QuantizeConfig(method=method, bpw=0.2)
     with pytest.raises(OverBudget, match=r"0\.2 bits per weight cannot be met.*at least \d"):
