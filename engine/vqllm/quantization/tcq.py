@@ -170,8 +170,7 @@ class TcqLinear(QuantizedLinear):
             InvalidConfig: no such trellis.
             KeyError, ValueError: a tensor is missing or has another shape or dtype.
         """
-        bits, trellis_bits = int(entry["bits"]), int(entry["trellis_bits"])
-        codebook = checked_codebook(entry, codebook or codebook_of(bits, trellis_bits))
+        codebook = checked_codebook(entry, codebook)
         return cls(
             codes=tensors["codes"],
             scales=tensors["scales"],
@@ -208,18 +207,22 @@ def quantize_tcq(weight: Tensor, factor: HessianFactor, options: TcqOptions) -> 
     return _linear(codes, grid, codebook, options)
 
 
-def checked_codebook(entry: Mapping[str, Any], codebook: TrellisCodebook) -> TrellisCodebook:
-    """The codebook, if it is the one that the layer of `entry` was made with.
+def checked_codebook(entry: Mapping[str, Any], stored: TrellisCodebook | None) -> TrellisCodebook:
+    """The stored or else the shipped codebook, if the layer of `entry` was made with it.
 
     Raises:
-        ValueError: it has another size or another multiplier.
+        InvalidConfig: none of this size is shipped.
+        KeyError: none is stored, and the entry does not name the multiplier.
+        ValueError: the codebook has another size or another multiplier.
     """
-    key = codebook_key(int(entry["bits"]), int(entry["trellis_bits"]))
-    multiplier = int(entry.get("multiplier", codebook.multiplier))
-    if (codebook.key, codebook.multiplier) != (key, multiplier):
+    bits, trellis_bits = int(entry["bits"]), int(entry["trellis_bits"])
+    key = codebook_key(bits, trellis_bits)
+    codebook = stored or codebook_of(bits, trellis_bits)
+    named = entry["multiplier"] if stored is None else entry.get("multiplier", stored.multiplier)
+    if (codebook.key, codebook.multiplier) != (key, int(named)):
         raise ValueError(
             f"the codebook is {codebook.key} with multiplier {codebook.multiplier}, "
-            f"the layer was made with {key} and {multiplier}"
+            f"the layer was made with {key} and {named}"
         )
     return codebook
 

@@ -126,7 +126,6 @@ class TcqRowLinear(QuantizedLinear):
         cls, tensors: Arrays, entry: Mapping[str, Any], codebook: TrellisCodebook | None = None
     ) -> Self:
         """Inverse of `tensors` and `entry`; see `TcqLinear.from_tensors`."""
-        codebook = codebook or codebook_of(int(entry["bits"]), int(entry["trellis_bits"]))
         codebook = checked_codebook(entry, codebook)
         return cls(tensors["codes"], tensors["scales"], int(entry["in_features"]), codebook)
 

@@ -28,7 +28,7 @@ from vqllm.quantization.trellis import (
 )
 
 TRELLIS_BITS = (10, 12, 14, 16)
-_ROWS = 16384  # of a column: the zero bits before the stream then cost nothing
+_ROWS = 256  # of a column: short, so that codes with a good start are chosen
 
 Floats = NDArray[np.float32]
 
@@ -40,25 +40,25 @@ class Effort:
     Attributes:
         candidates: multipliers tried.
         finalists: of them trained further.
-        columns, rounds: samples (in columns of 16384) and Lloyd iterations of a candidate.
+        columns, rounds: samples (in columns of 256) and Lloyd iterations of a candidate.
         final_columns, final_rounds: the same of a finalist.
     """
 
     candidates: int
     finalists: int = 4
-    columns: int = 2
+    columns: int = 128
     rounds: int = 4
-    final_columns: int = 16
+    final_columns: int = 1024
     final_rounds: int = 12
 
 
 def effort_of(trellis_bits: int) -> Effort:
     """About a minute on one core."""
     if trellis_bits <= 12:
-        return Effort(candidates=120)
+        return Effort(candidates=60, finalists=3, final_columns=512, final_rounds=8)
     if trellis_bits <= 14:
-        return Effort(candidates=24)
-    return Effort(candidates=6, finalists=2, columns=1, rounds=3, final_columns=8, final_rounds=6)
+        return Effort(candidates=16, finalists=2, final_columns=512, final_rounds=6)
+    return Effort(4, finalists=1, columns=64, rounds=3, final_columns=512, final_rounds=4)
 
 
 def gaussian_columns(seed: int, num_columns: int) -> Floats:
@@ -95,7 +95,7 @@ def search(bits: int, trellis_bits: int, effort: Effort) -> tuple[TrellisCodeboo
     odd = rng.choice(1 << (trellis_bits - 1), effort.candidates, replace=False) * 2 + 1
     first = training[: effort.columns]
     candidates = [
-        lloyd(TrellisCodebook(bits, trellis_bits, int(a), _quantiles()), first, effort.rounds)
+        lloyd(TrellisCodebook(bits, trellis_bits, int(a), first_table(bits)), first, effort.rounds)
         for a in odd
     ]
     candidates.sort(key=lambda codebook: mean_squared_error(codebook, first))
@@ -115,10 +115,15 @@ def _encode(codebook: TrellisCodebook, samples: Floats) -> NDArray[np.uint8]:
     return codes
 
 
-def _quantiles() -> NDArray[np.int8]:
+def first_table(bits: int) -> NDArray[np.int8]:
+    """Quantiles of the Gaussian, turned so that the first row has a good choice.
+
+    From the zero state it can choose 2^bits levels, evenly spaced in the table from entry 0 on; the
+    turn makes them the middles of 2^bits equal parts of the Gaussian instead of their borders.
+    """
     gaussian = NormalDist(0, DEVIATION)
     points = [gaussian.inv_cdf((i + 0.5) / TABLE_SIZE) for i in range(TABLE_SIZE)]
-    return _as_levels(np.array(points))
+    return np.roll(_as_levels(np.array(points)), -(TABLE_SIZE >> (bits + 1)))
 
 
 def _as_levels(values: NDArray[np.float64]) -> NDArray[np.int8]:

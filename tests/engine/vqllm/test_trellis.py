@@ -158,8 +158,8 @@ def test_a_size_that_is_not_shipped_is_refused_by_name() -> None:
 
 
 def test_lloyds_iteration_lowers_the_error() -> None:
-    samples = trellis_search.gaussian_columns(1, 1)[:, :4000].copy()
-    codebook = replace(make_codebook(2, 10), table=trellis_search._quantiles())
+    samples = trellis_search.gaussian_columns(1, 16)
+    codebook = replace(make_codebook(2, 10), table=trellis_search.first_table(2))
     trained = trellis_search.lloyd(codebook, samples, 3)
     before = trellis_search.mean_squared_error(codebook, samples)
     assert trellis_search.mean_squared_error(trained, samples) < 0.98 * before
@@ -168,9 +168,8 @@ def test_lloyds_iteration_lowers_the_error() -> None:
 def test_the_search_writes_what_the_reader_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    effort = trellis_search.Effort(2, 1, columns=1, rounds=1, final_columns=1, final_rounds=1)
+    effort = trellis_search.Effort(2, 1, columns=4, rounds=1, final_columns=4, final_rounds=1)
     monkeypatch.setattr(trellis_search, "effort_of", lambda _: effort)
-    monkeypatch.setattr(trellis_search, "_ROWS", 1000)
     target = tmp_path / "books.json"
     for bits in ("1", "2"):
         trellis_search.main(["--trellis-bits", "10", "--bits", bits, "--output", str(target)])
