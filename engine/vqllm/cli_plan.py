@@ -115,7 +115,7 @@ def _value(line: dict[str, Any]) -> str:
 
 
 def _measure(config: MeasureConfig, chosen: list[str], target: Path) -> None:
-    """Measure the chosen operations; those an existing profile holds are kept."""
+    """Measure the chosen operations into a profile, one after the other; others are kept."""
     from vqllm.plan.measure import (
         measurable,
         measure_operation,
@@ -125,19 +125,21 @@ def _measure(config: MeasureConfig, chosen: list[str], target: Path) -> None:
     )
 
     messages = Console(stderr=True)
-    names = chosen or measurable()
-    results = [
-        measure_operation(name, config, lambda line: messages.print(line, highlight=False))
-        for name in names
-    ]
-    profile = profile_of(config, results, measure_stream(config.num_threads), profile_note(config))
-    content = profile.to_dict()
+    stream = measure_stream(config.num_threads)
+    for name in chosen or measurable():
+        result = measure_operation(name, config, lambda line: messages.print(line, highlight=False))
+        profile = profile_of(config, [result], stream, profile_note(config))
+        _merge(profile.to_dict(), target)
+    typer.echo(target)
+
+
+def _merge(profile: dict[str, Any], target: Path) -> None:
+    """Put a profile into a file, over what the file has of the same operations."""
     if target.is_file():
         kept = json.loads(target.read_text(encoding="utf-8"))
         for key in ("fits", "validation", "timings"):
-            content[key] = {**kept.get(key, {}), **content[key]}
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    typer.echo(target)
+            profile[key] = {**kept.get(key, {}), **profile[key]}
+    target.write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
 
 
 def _words(text: str) -> list[str]:

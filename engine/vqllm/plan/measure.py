@@ -97,12 +97,12 @@ def measure_operation(
     return result
 
 
-def measure_stream(num_threads: int, num_bytes: int = STREAM_BYTES, repeats: int = 5) -> float:
+def measure_stream(num_threads: int, repeats: int = 5) -> float:
     """Bytes per second of reading memory once, the least of some rounds."""
     torch.set_num_threads(num_threads)
-    values = torch.ones(num_bytes // 4)
+    values = torch.ones(STREAM_BYTES // 4)
     best = min(_time(lambda: values.sum()) for _ in range(repeats))
-    return num_bytes / best
+    return STREAM_BYTES / best
 
 
 def profile_of(

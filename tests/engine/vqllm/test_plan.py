@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,13 @@ def test_the_command_prints_plans_and_measures(
     assert code == 0
     assert {line["basis"] for line in facts["lines"]} == {"projected"}
     assert len(facts["criteria"]) == 6
-    monkeypatch.setattr("vqllm.plan.measure.SHAPES", TINY.shapes)
+    monkeypatch.setattr("vqllm.plan.measure.STREAM_BYTES", 2**20)
+    monkeypatch.setattr(
+        "vqllm.plan.measure.MeasureConfig", lambda name, **_: replace(TINY, name=name)
+    )
+    profile = tmp_path / "profile.json"
+    for operations in ("gemm", "gram"):
+        assert run("--measure", profile, "--operations", operations, "--name", "mine")[0] == 0
+    assert set(find_hardware(str(profile)).fits) == {"gemm", "gram"}
     assert run("no-such-model")[0] == 1
     assert run("llama-2-7b", "--method", "gptq", "--hardware", "h100-80gb")[0] == 0
