@@ -40,7 +40,9 @@ CacheOption = Annotated[
     Path | None, typer.Option(help="Cache folder; default is the user's cache.", show_default=False)
 ]
 ThreadsOption = Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)]
-ExecutorOption = Annotated[str, typer.Option(help="onnx, native, or the slow reference torch.")]
+ExecutorOption = Annotated[
+    str, typer.Option(help="auto, cuda, native, onnx, or the reference torch.")
+]
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     raw: Annotated[bool, typer.Option(help="Continue the text; no chat template.")] = False,
-    executor: ExecutorOption = "onnx",
+    executor: ExecutorOption = "auto",
     threads: ThreadsOption = 0,
     cache: CacheOption = None,
 ) -> None:

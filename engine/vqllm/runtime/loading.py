@@ -38,7 +38,7 @@ class LoadedModel:
 
 def load(
     folder: Path,
-    executor: str = "onnx",
+    executor: str = "auto",
     config: EngineConfig | None = None,
     num_threads: int = 0,
 ) -> LoadedModel:
@@ -46,8 +46,9 @@ def load(
 
     Args:
         folder: holds config.json, safetensors and the tokenizer files.
-        executor: `native` (our decoder step on packed weights), `onnx` (ONNX Runtime), `torch`
-            (the slow reference), or `auto`, the first of them that can run the folder.
+        executor: `cuda` (our GPU kernels), `native` (our decoder step on packed weights), `onnx`
+            (ONNX Runtime), `torch` (the slow reference), or `auto`, the first of them that can run
+            the folder here.
         config: limits of the engine; None is the defaults.
         num_threads: threads of one matrix product; 0 leaves it to the library.
 

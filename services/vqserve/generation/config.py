@@ -16,7 +16,9 @@ class GenerationSettings(ServiceSettings):
     http_port: int = Field(8081, ge=0, le=65535, description="HTTP port; 0 takes a free one")
     model: Path = Field(description="Model folder, as written by vqllm quantize")
     model_name: str = Field("", description="Name that requests use; the folder's own when empty")
-    executor: str = Field("onnx", description="What computes: onnx, native or torch")
+    executor: str = Field(
+        "auto", description="What computes: cuda, native, onnx, torch, or the first that can"
+    )
     num_threads: int = Field(
         0, ge=0, description="Threads of one matrix product; 0 leaves it to the library"
     )
