@@ -30,7 +30,8 @@ def cache(tmp_path: Path) -> Path:
     long_context = {**json.loads(config.read_text()), "max_position_embeddings": 512}
     config.write_text(json.dumps(long_context))
     quantizer = AutoQuantizer.from_pretrained(tmp_path / "tiny")
-    quantizer.quantize(BITS, 32, CalibrationConfig(num_windows=2, window_length=32))
+    calibration = CalibrationConfig(num_windows=2, window_length=32)
+    quantizer.quantize(calibration, bits=BITS, group_size=32)
     folder = tmp_path / "cache" / "models" / f"{MODEL}-gptq{BITS}-g{GROUP_SIZE}"
     folder.parent.mkdir(parents=True)
     quantizer.save_pretrained(folder)

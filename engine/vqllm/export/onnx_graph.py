@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vqllm.checkpoint import EMBEDDING, FINAL_NORM, Checkpoint
 from vqllm.errors import CorruptCheckpoint, InvalidConfig, UnsupportedModel
-from vqllm.quantization.base import GroupedLinear, GroupedSpec
+from vqllm.quantization.base import GroupedLinear, GroupedSpec, QuantizedLinear
 
 GRAPH_VERSION = 1  # part of the cache key; raise it when the graph changes
 _CONTRIB = "com.microsoft"
@@ -215,7 +215,7 @@ class _GraphBuilder:
         if len(grouped) == len(linears):
             return self._grouped_linear(names[0], grouped, inputs)
         dense = [
-            linear.dequantize() if isinstance(linear, GroupedLinear) else linear
+            linear.dequantize() if isinstance(linear, QuantizedLinear) else linear
             for linear in linears
         ]
         return self._dense_linear(names[0], np.concatenate(dense), inputs)

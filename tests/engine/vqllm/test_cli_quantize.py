@@ -32,8 +32,8 @@ def test_a_bit_budget_with_a_memory_limit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / "out"
-    words = (tiny_folder, "-o", target, "--method", "tcq", "--bpw", "3", "--max-memory", "30GB")
-    words = (*words, "--tune-steps", "2")
+    budget = ("--method", "tcq", "--bpw", "3", "--max-memory", "30GB")
+    words = (tiny_folder, "-o", target, *budget, "--tune-steps", "2")
     code, output, errors = run(monkeypatch, capsys, *words, *WORDS)
     assert code == 0, errors
     assert "14/14" in errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,9 +79,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5)
 
 
 def make_engine(**limits: int) -> Engine:
-    return Engine(
-        CountingExecutor(), AsciiTokenizer(), EngineConfig(**{"max_num_sequences": 4} | limits)
-    )
+    config = replace(EngineConfig(max_num_sequences=4), **limits)  # type: ignore[arg-type]
+    return Engine(CountingExecutor(), AsciiTokenizer(), config)
 
 
 def run(engine: Engine) -> dict[str, list[StepOutput]]:

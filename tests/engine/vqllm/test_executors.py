@@ -31,7 +31,7 @@ TOLERANCE = 2e-4
 def quantized(folder: Path, target: Path, bits: int = 4, group_size: int = 32) -> Checkpoint:
     quantizer = AutoQuantizer.from_pretrained(folder)
     text = CalibrationConfig(num_windows=4, window_length=64)
-    quantizer.quantize(bits, group_size, text)
+    quantizer.quantize(text, bits=bits, group_size=group_size)
     return Checkpoint(quantizer.save_pretrained(target))
 
 
@@ -199,5 +199,5 @@ def test_one_distribution_is_named() -> None:
 
 
 def test_an_unknown_executor_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(ExecutorUnavailable, match="'tpu'; known: native, onnx, torch"):
+    with pytest.raises(ExecutorUnavailable, match="'tpu'; known: auto, cuda, native, onnx, torch"):
         load(tiny_folder, executor="tpu")
