@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vqllm import cli_bench, cli_compare, cli_evaluate, cli_plan, cli_quantize
@@ -50,7 +51,9 @@ def main() -> None:
     try:
         app()
     except VqllmError as error:
-        _messages.print(f"[red]error:[/red] {error}", highlight=False)
+        # One line whatever the terminal's width: scripts read it.
+        text = escape(str(error))
+        _messages.print(f"[red]error:[/red] {text}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 

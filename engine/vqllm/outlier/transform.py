@@ -150,6 +150,7 @@ def _walsh(rows: Tensor, power: int) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # kept for later callers, which autograd may follow
 def _sylvester(power: int) -> Tensor:
     matrix = torch.ones(1, 1)
     for _ in range(power):
