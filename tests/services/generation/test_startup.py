@@ -78,7 +78,8 @@ def test_both_onnxruntime_distributions(
         metadata.parent.mkdir(parents=True)
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path / "both")
-    assert "onnxruntime and onnxruntime-gpu are both installed" in complaint("--model", str(tiny))
+    line = complaint("--model", str(tiny), "--executor", "onnx")
+    assert "onnxruntime and onnxruntime-gpu are both installed" in line
 
 
 def test_a_context_that_the_model_does_not_have(tiny: Path, complaint: Complaint) -> None:
