@@ -244,8 +244,6 @@ async def test_the_log_line_of_a_stream_tells_its_totals(service: ServiceProcess
     frames = [image_frame(0, image_file()), image_frame(1, b"bad"), image_frame(2, image_file())]
     _, *results = await over_grpc(service.grpc_address, [config(ENCODE), *frames])
     coded_bytes = sum(len(response.result.codes) for response in results)
-    async with asyncio.timeout(5):
-        while not (lines := [event for event in service.events() if event.get("failed") == 1]):
-            await asyncio.sleep(0.02)
-    assert (lines[-1]["frames"], lines[-1]["coded_bytes"]) == (3, coded_bytes)
-    assert (lines[-1]["model"], lines[-1]["operation"]) == ("labelled", "encode")
+    line = service.wait_for_event(failed=1)
+    assert (line["frames"], line["coded_bytes"]) == (3, coded_bytes)
+    assert (line["model"], line["operation"]) == ("labelled", "encode")

@@ -44,8 +44,23 @@ class ServiceProcess:
         return f"http://{self.ports.host}:{self.ports.http}"
 
     def events(self) -> list[dict[str, Any]]:
-        """The log so far, one dictionary per line."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        """The log so far, one dictionary per complete line."""
+        complete, _, _ = self.log.read_text().rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines()]
+
+    def wait_for_event(self, timeout_seconds: float = 10, **fields: Any) -> dict[str, Any]:
+        """The first logged event with these fields: a line may be written after its answer.
+
+        Raises:
+            TimeoutError: none came in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            for event in self.events():
+                if fields.items() <= event.items():
+                    return event
+            time.sleep(POLL_SECONDS)
+        raise TimeoutError(f"no event with {fields} in {self.log}")
 
 
 @contextmanager
