@@ -7,7 +7,7 @@ Knows tokenizers and files, no model. The default text needs no data folder: see
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ from vqllm.errors import CalibrationError, InvalidConfig
 Windows = NDArray[np.int64]
 
 DEFAULT_TEXT = "texts/calibration_en.txt.gz"
+ENOUGH_FOR_TUNING = 320
 
 
 class TextEncoder(Protocol):
@@ -36,7 +37,7 @@ class CalibrationConfig:
     """
 
     path: Path | None = None
-    num_windows: int = 48
+    num_windows: int = 64
     window_length: int = 512
 
     def __post_init__(self) -> None:
@@ -60,13 +61,20 @@ def calibration_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Wi
 def tuning_windows(tokenizer: TextEncoder, config: CalibrationConfig) -> Windows:
     """Every window of the text, those that `calibration_windows` leaves out before the others.
 
+    A text of fewer than `ENOUGH_FOR_TUNING` windows is filled up from the package's: tuning on the
+    same windows again and again fits them and little else.
+
     Raises:
         CalibrationError: as `calibration_windows`.
     """
     windows = _all_windows(tokenizer, config)
     taken = _spread(len(windows), config.num_windows)
     others = np.setdiff1d(np.arange(len(windows)), taken)
-    return np.ascontiguousarray(windows[np.concatenate([others, taken])])
+    parts = [windows[others], windows[taken]]
+    if config.path is not None and len(windows) < ENOUGH_FOR_TUNING:
+        shipped = _all_windows(tokenizer, replace(config, path=None))
+        parts.append(shipped[_spread(len(shipped), ENOUGH_FOR_TUNING - len(windows))])
+    return np.ascontiguousarray(np.concatenate(parts))
 
 
 def default_text() -> str:

@@ -17,7 +17,7 @@ from vqllm.errors import InvalidConfig
 from vqllm.quantization.base import MethodOptions
 from vqllm.quantization.methods import method_of
 
-DEFAULT_DAMPINGS = (0.005, 0.01, 0.02, 0.05)
+DEFAULT_DAMPINGS = (0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)

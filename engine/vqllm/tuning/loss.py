@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vqllm.output_head import OutputHead
 
-CHUNK_TOKENS = 256
+# Small enough that a chunk's logits stay below the size from which allocations start on fresh pages.
+CHUNK_TOKENS = 64
 
 
 def divergence(head: OutputHead, teacher: Tensor, student: Tensor, norm: Tensor) -> Tensor:
@@ -36,11 +37,11 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(normed)
         for start in range(0, len(normed), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            log_p = head.project(teacher[rows]).log_softmax(-1)
-            log_q = head.project(normed[rows]).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum(dtype=torch.float64)
-            slope = log_q.exp_().sub_(p).to(head.table.dtype)
+            wanted, found = head.project(teacher[rows]), head.project(normed[rows])
+            p = wanted.softmax(-1)
+            difference = wanted.log_softmax(-1).sub_(found.log_softmax(-1))
+            total += difference.mul_(p).sum(dtype=torch.float64)
+            slope = found.softmax(-1).sub_(p).to(head.table.dtype)
             gradient[rows] = (slope @ head.table).to(gradient.dtype)
         ctx.save_for_backward(gradient)  # type: ignore[attr-defined]
         return total.float()

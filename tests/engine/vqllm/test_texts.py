@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vqllm.calibration import (
+    ENOUGH_FOR_TUNING,
     CalibrationConfig,
     calibration_windows,
     default_text,
@@ -46,12 +47,15 @@ def test_calibration_and_tuning_windows_share_a_text() -> None:
     assert not any((window == taken).all(axis=1).any() for window in every[:50])
 
 
-def test_a_short_text_serves_both(tmp_path: Path) -> None:
+def test_a_short_text_is_tuned_on_first_and_filled_up_from_the_packages(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("word " * 25)
     config = CalibrationConfig(path, num_windows=9, window_length=10)
     assert calibration_windows(Words(), config).shape == (2, 10)
-    assert tuning_windows(Words(), config).shape == (2, 10)
+    tuned = tuning_windows(Words(), config)
+    assert tuned.shape == (ENOUGH_FOR_TUNING, 10)
+    assert (tuned[:2] == 4).all()
+    assert not (tuned[2:] == 4).all(axis=1).any()
     with pytest.raises(CalibrationError, match="25 tokens, one window needs 30"):
         tuning_windows(Words(), CalibrationConfig(path, window_length=30))
 
