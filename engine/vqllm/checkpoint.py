@@ -154,7 +154,7 @@ class Checkpoint:
             num_parameters=num_parameters,
             format="plain" if form is None else form.quant_method,
             linear_bytes=linear_bytes,
-            embedding_bpw=self._embedding_bpw(),
+            embedding_bpw=self.embedding_bpw(),
             file_bytes=sum(path.stat().st_size for path in self.store.files),
             is_rotated=form is not None and form.is_online,
         )
@@ -176,7 +176,8 @@ class Checkpoint:
         names = (n for n in self.store.names if n.startswith(prefixes) and not n.endswith(".bias"))
         return sum(map(self.store.num_bytes, names))
 
-    def _embedding_bpw(self) -> float:
+    def embedding_bpw(self) -> float:
+        """True bits per weight of the embedding; reads headers only."""
         stem = EMBEDDING.removesuffix("weight")
         names = [name for name in self.store.names if name.startswith(stem)]
         num_weights = self.config.vocab_size * self.config.hidden_size

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vqllm.quantization.parts import QuantizedPart
     from vqllm.tuning.tune import TuningStep
 
+LOG_LINES = 20
+
 _output = Console()
 _messages = Console(stderr=True)
 
@@ -48,25 +50,32 @@ def quantize(
         str, typer.Option(help="Of the trellis of tcq: column (along the outputs), or row.")
     ] = "column",
     preprocess: Annotated[
-        str | None, typer.Option(help="none, quarot or smoothquant; default suits the method.")
+        str | None,
+        typer.Option(
+            help="none, quarot, quarot-portable (for other tools) or smoothquant; default suits "
+            "the method."
+        ),
     ] = None,
     alpha: Annotated[
         float, typer.Option(help="Correction towards full-precision activations, 0 to 1.")
     ] = 0.5,
     damping: Annotated[
         str, typer.Option(help="Parts of the mean hessian diagonal to choose from.")
-    ] = "0.005,0.01,0.02,0.05",
+    ] = "0.01,0.03,0.1",
     calibration: Annotated[
         Path | None,
         typer.Option(help="UTF-8 text to calibrate on; default is a text in the package."),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 48,
+    windows: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 64,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 512,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
     tune_steps: Annotated[
         int | None,
         typer.Option(help="Steps of tuning afterwards; default suits the width.", min=0),
     ] = None,
+    embedding_bits: Annotated[
+        int, typer.Option(help="8 stores embedding and head in 8 bits; 0 leaves them.")
+    ] = 0,
     max_memory: Annotated[
         str | None, typer.Option(help="Limit such as 3GB; slower ways are taken to keep it.")
     ] = None,
@@ -108,6 +117,7 @@ def quantize(
         dampings=_numbers(damping),
         seed=seed,
         tune_steps=tune_steps,
+        embedding_bits=embedding_bits,
     )
     text = CalibrationConfig(calibration, windows, window_length)
     limit = None if max_memory is None else parse_bytes(max_memory)
@@ -169,7 +179,10 @@ def _print_info(folder: Path) -> None:
 
 
 class _Display:
-    """Bars for linears and tuning steps, with the error of the last linear and the time left."""
+    """Bars for linears and tuning steps, with the error of the last linear and the time left.
+
+    Where the output is no terminal, as in a log file, a line now and then takes their place.
+    """
 
     def __init__(self, num_linears: int, tune_steps: int) -> None:
         self._progress = Progress(
@@ -181,11 +194,12 @@ class _Display:
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[last]}"),
             console=_messages,
+            disable=not _messages.is_terminal,
         )
         self._linears = self._progress.add_task("quantizing", total=num_linears, last="")
         self._tuning: TaskID | None = None
         if tune_steps:
-            self._tuning = self._progress.add_task("tuning", total=tune_steps, last="")
+            self._tuning = self._progress.add_task("tuning", total=tune_steps, last="", start=False)
 
     def __enter__(self) -> _Display:
         self._progress.start()
@@ -197,14 +211,27 @@ class _Display:
     def report(self, part: QuantizedPart) -> None:
         """Count a finished linear."""
         name = part.name.removeprefix("model.layers.")
-        last = f"{name} error {part.relative_error:.5f}"
-        self._progress.update(self._linears, advance=1, last=last)
+        self._advance(self._linears, f"{name} error {part.relative_error:.5f}")
 
     def report_tuning(self, step: TuningStep) -> None:
         """Count a step of tuning."""
         if self._tuning is not None:
-            last = f"KL {step.divergence:.4f}"
-            self._progress.update(self._tuning, completed=step.step, last=last)
+            self._advance(self._tuning, f"KL {step.divergence:.4f}")
+
+    def _advance(self, bar: TaskID, last: str) -> None:
+        task = self._progress.tasks[bar]
+        if not task.started:
+            self._progress.start_task(bar)
+        self._progress.update(bar, advance=1, last=last)
+        if self._progress.disable and _is_due(int(task.completed), int(task.total or 1)):
+            line = f"{task.description} {task.completed:.0f}/{task.total:.0f}, {last}"
+            seconds = f"{task.elapsed or 0:.0f} s"
+            _messages.print(f"{line}, {seconds}", highlight=False, soft_wrap=True)
+
+
+def _is_due(done: int, total: int) -> bool:
+    """Whether a log gets a line now: about twenty lines in all, and the last one."""
+    return done == total or done % max(total // LOG_LINES, 1) == 0
 
 
 def _numbers(text: str) -> tuple[float, ...]:

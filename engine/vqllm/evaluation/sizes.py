@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqllm.checkpoint import EMBEDDING, Checkpoint
+from vqllm.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def measure_sizes(checkpoint: Checkpoint) -> Sizes:
     return Sizes(
         bpw=8 * linear_bytes / config.num_linear_parameters,
         total_bpw=8 * all_bytes / config.num_parameters,
-        embedding_bits=8 * store.num_bytes(EMBEDDING) / (config.vocab_size * config.hidden_size),
+        embedding_bits=checkpoint.embedding_bpw(),
         file_bytes=sum(path.stat().st_size for path in store.files),
     )
 

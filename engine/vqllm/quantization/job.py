@@ -62,6 +62,8 @@ class QuantizeJob:
                 return plain
             case "quarot":
                 return RotatedSource(plain, QuarotOptions(seed=self.config.seed))
+            case "quarot-portable":
+                return RotatedSource(plain, QuarotOptions(seed=self.config.seed, portable=True))
             case _:
                 return self._smoothed(plain)
 
@@ -77,7 +79,8 @@ class QuantizeJob:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What finished linears depend on, fit for JSON; reads the weights once."""
-        kept = {name: v for name, v in self.config.to_dict().items() if name != "tune_steps"}
+        later = ("tune_steps", "embedding_bits")
+        kept = {name: v for name, v in self.config.to_dict().items() if name not in later}
         return {
             "config": {**kept, "preprocess": self.config.preprocessing},
             "source": _revision(self.checkpoint),
@@ -135,6 +138,7 @@ class QuantizeJob:
             transform=self.source.transform.to_dict(),
             others={**self.source.other_tensors(), **norms},
             config_changes=self.source.config_changes,
+            embedding_bits=self.config.embedding_bits,
         )
         with CheckpointWriter(self.checkpoint, target, plan) as writer:
             for part in parts:

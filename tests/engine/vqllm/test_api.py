@@ -27,6 +27,7 @@ from vqllm.errors import (
     UnsupportedModel,
     VqllmError,
 )
+from vqllm.evaluation.sizes import measure_sizes
 from vqllm.quantization.parts import QuantizedPart
 from vqllm.quantization.presets import QuantizeConfig
 
@@ -102,6 +103,23 @@ def test_preprocessed_models_are_written(
     config = replace(CONFIG, preprocess=preprocess)
     info = Checkpoint(quantizer.quantize_to(tmp_path / "out", config, SMALL_TEXT)).info()
     assert info.is_rotated == (preprocess == "quarot")
+
+
+def test_a_portable_rotation_keeps_the_format_of_other_tools(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, preprocess="quarot-portable")
+    AutoQuantizer.from_pretrained(tiny_folder).quantize_to(tmp_path / "out", config, SMALL_TEXT)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert checkpoint.quantization.quant_method == "gptq"
+    assert not checkpoint.transform.is_online
+
+
+def test_an_8_bit_embedding_is_counted_as_such(tiny_folder: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, embedding_bits=8)
+    AutoQuantizer.from_pretrained(tiny_folder).quantize_to(tmp_path / "out", config, SMALL_TEXT)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert 8 < measure_sizes(checkpoint).embedding_bits == checkpoint.info().embedding_bpw < 9
 
 
 def test_an_existing_target_is_left_alone(tiny_folder: Path) -> None:
