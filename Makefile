@@ -64,10 +64,10 @@ $(TOOLS)/.ready: deploy/tools-requirements.txt
 tools: $(TOOLS)/.ready ## install the deployment linters into .tools
 
 demo: $(VENV)/.ready ## photograph -> codes -> picture, labels and an answer, through both services
-	@OMP_NUM_THREADS=2 PYTHONPATH=examples $(BIN)/python -m demo $(if $(IMAGES),--images $(IMAGES))
+	@OMP_NUM_THREADS=2 PYTHONPATH=examples $(BIN)/python -m demo $(if $(IMAGES),--images $(IMAGES)) $(if $(BITS),--bits $(BITS))
 
 serve: $(VENV)/.ready ## run both services until Ctrl-C
-	@PYTHONPATH=examples $(BIN)/python -m demo.serve
+	@PYTHONPATH=examples $(BIN)/python -m demo.serve $(if $(BITS),--bits $(BITS))
 
 stop: $(VENV)/.ready ## stop the services that make demo left up
 	@PYTHONPATH=examples $(BIN)/python -m demo.background

@@ -13,7 +13,7 @@ from rich.table import Table
 from demo import background
 from demo.errors import DemoError
 from demo.pictures import Photograph, default_photographs, users_photographs
-from demo.preparation import prepare
+from demo.preparation import DEFAULT_BITS, RECIPES, prepare
 from demo.side_by_side import compose
 from demo.walk import Answer, FrameReport, ask, recognize_dish, recognize_sign, send_frame
 from vqclient import GenerationClient, Recognized, TokenizerClient, VqError
@@ -37,9 +37,9 @@ def main() -> int:
             if options.images
             else default_photographs(options.cache / "demo")
         )
-        prepare(options.cache)
+        prepare(options.cache, options.bits)
         console.print("Starting tokenizerd and llmd ...")
-        services = background.start(options.output, options.cache, KEPT_SECONDS)
+        services = background.start(options.output, options.cache, options.bits, KEPT_SECONDS)
         asyncio.run(_walk(console, photographs, services, options.output))
     except (DemoError, VqError) as error:
         background.stop(options.output)
@@ -57,6 +57,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--images", nargs="+", type=Path, help="photographs to use instead")
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder for results")
+    parser.add_argument(
+        "--bits", type=int, choices=RECIPES, default=DEFAULT_BITS, help="of the language model"
+    )
     parser.add_argument("--stop", action="store_true", help="stop the services at the end")
     parser.add_argument(
         "--cache",

@@ -40,13 +40,14 @@ class Background:
     llm: Addresses
 
 
-def start(output: Path, cache: Path, seconds: float) -> Background:
+def start(output: Path, cache: Path, bits: int, seconds: float) -> Background:
     """Start both services for `seconds`, in place of earlier ones; at default ports if free."""
     stop(output)
     output.mkdir(parents=True, exist_ok=True)
     ports = [] if _default_ports_are_free() else ["--port", "0"]
     folders = ["--output", str(output), "--cache", str(cache)]
-    command = [sys.executable, "-m", "demo.serve", "--seconds", str(seconds), *folders, *ports]
+    options = ["--bits", str(bits), "--seconds", str(seconds), *folders, *ports]
+    command = [sys.executable, "-m", "demo.serve", *options]
     with (output / "serve.log").open("wb") as log:
         watcher = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + START_TIMEOUT_SECONDS

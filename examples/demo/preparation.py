@@ -2,14 +2,31 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo.errors import DemoError
 
 MODEL = "smollm2"
-BITS = 4
-GROUP_SIZE = 128
+DEFAULT_BITS = 4
+
+# Less text, one damping and no tuning: a few minutes instead of twenty, for a guest who waits.
+_QUICK = ("--windows", "16", "--damping", "0.01", "--tune-steps", "0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Name of a prepared model, and the options of `vqllm quantize` that make it."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+RECIPES: Mapping[int, Recipe] = {
+    4: Recipe("gptq4", ("--bits", "4", "--group-size", "128")),
+    2: Recipe("tcq2", ("--method", "tcq", "--bpw", "2.25")),
+}
 
 
 @dataclass(frozen=True)
@@ -20,27 +37,28 @@ class LanguageModelFolder:
     path: Path
 
 
-def prepare(cache: Path) -> LanguageModelFolder:
-    """Return the quantized model, making it first where the cache does not hold it.
+def prepare(cache: Path, bits: int = DEFAULT_BITS) -> LanguageModelFolder:
+    """Return the model quantized to `bits`, making it first where the cache does not hold it.
 
-    `vqllm quantize` names the folder only when it is complete, so an interrupted preparation is
-    simply done again.
+    `vqllm quantize` names the folder only when it is complete; a preparation that was interrupted
+    goes on where it was.
+
+    Raises:
+        DemoError: no model of these bits is offered, or making it failed.
     """
-    model = LanguageModelFolder(
-        name=f"{MODEL}-gptq{BITS}", path=cache / "models" / f"{MODEL}-gptq{BITS}-g{GROUP_SIZE}"
-    )
+    if bits not in RECIPES:
+        raise DemoError(f"BITS is {bits}; a model of {' or '.join(map(str, RECIPES))} is offered")
+    name = f"{MODEL}-{RECIPES[bits].name}"
+    model = LanguageModelFolder(name=name, path=cache / "models" / name)
     if not model.path.exists():
-        _quantize(cache, model.path)
+        _quantize(cache, model.path, RECIPES[bits])
     return model
 
 
-def _quantize(cache: Path, target: Path) -> None:
+def _quantize(cache: Path, target: Path, recipe: Recipe) -> None:
     print(f"Preparing the language model (once; some minutes): {target}", flush=True)
     _vqllm(["fetch", MODEL, "--cache", str(cache)])
-    # Less text and one damping: two or three minutes instead of ten, for a guest who waits.
-    quick = ["--windows", "16", "--damping", "0.01"]
-    sizes = ["--bits", str(BITS), "--group-size", str(GROUP_SIZE)]
-    options = [*sizes, *quick, "--cache", str(cache)]
+    options = [*recipe.options, *_QUICK, "--cache", str(cache)]
     _vqllm(["quantize", MODEL, *options, "-o", str(target)])
 
 

@@ -16,7 +16,7 @@ from types import FrameType
 from platformdirs import user_cache_path
 
 from demo.errors import DemoError
-from demo.preparation import LanguageModelFolder, prepare
+from demo.preparation import DEFAULT_BITS, RECIPES, LanguageModelFolder, prepare
 from demo.processes import Service, running
 
 SERVICES_FILE = "services.json"
@@ -27,7 +27,7 @@ def main() -> int:
     options = _parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        model = prepare(options.cache)
+        model = prepare(options.cache, options.bits)
         with contextlib.ExitStack() as stack:
             file = options.output / SERVICES_FILE
             # Registered first, so done last: once the file is gone, the services are.
@@ -57,6 +57,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo.serve", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-out"), help="folder for logs")
     parser.add_argument("--port", type=int, help="0 takes free ports; default ports otherwise")
+    parser.add_argument(
+        "--bits", type=int, choices=RECIPES, default=DEFAULT_BITS, help="of the language model"
+    )
     parser.add_argument("--seconds", type=float, help="stop by itself after so long")
     parser.add_argument(
         "--cache", type=Path, default=user_cache_path("vqstack", appauthor=False), help="models"
