@@ -32,7 +32,7 @@ _SCALAR = {2: 0.119, 3: 0.0345, 4: 0.0095, 5: 0.0025, 6: 0.00065, 8: 0.00005}
 _TRELLIS = {1: 0.29, 2: 0.0690, 3: 0.0180, 4: 0.0049, 5: 0.0014}
 
 # Steps of tuning by method, up to a number of bits per weight. A step of SmolLM2-135M takes about
-# 13 seconds of one core; trellis codes are made in less time than codebooks, so more is left to them.
+# 13 seconds of one core; trellis codes are made in less time than codebooks: they get more of it.
 _TUNING: Mapping[str, tuple[tuple[float, int], ...]] = {
     "tcq": ((2.6, 80), (3.6, 40)),
     "vptq": ((2.6, 40), (3.6, 20)),

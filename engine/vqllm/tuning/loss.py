@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqllm.output_head import OutputHead
 
-# Small enough that a chunk's logits stay below the size from which allocations start on fresh pages.
+# So few that a chunk's logits fit memory that was freed before: larger buffers take fresh pages.
 CHUNK_TOKENS = 64
 
 

@@ -111,7 +111,7 @@ def test_a_portable_rotation_keeps_the_format_of_other_tools(
     config = replace(CONFIG, preprocess="quarot-portable")
     AutoQuantizer.from_pretrained(tiny_folder).quantize_to(tmp_path / "out", config, SMALL_TEXT)
     checkpoint = Checkpoint(tmp_path / "out")
-    assert checkpoint.quantization.quant_method == "gptq"
+    assert checkpoint.info().format == "gptq"
     assert not checkpoint.transform.is_online
 
 
