@@ -14,15 +14,12 @@ from vqkernels.errors import (
     NonFiniteError,
     ShapeError,
 )
-from vqkernels.gemv import Q4Matrix, pack_gptq, q4_gemv
 from vqkernels.isa import Isa, forced_isa, get_isa, set_isa, supported_isas
-from vqkernels.layout import GptqTensors, check_static_groups
 from vqkernels.pool import ThreadPool
 from vqkernels.status import NativeStatus, native_status
 
 __all__ = [
     "DtypeError",
-    "GptqTensors",
     "Isa",
     "IsaError",
     "KernelError",
@@ -31,15 +28,11 @@ __all__ = [
     "NativeStatus",
     "NativeUnavailableError",
     "NonFiniteError",
-    "Q4Matrix",
     "ShapeError",
     "ThreadPool",
-    "check_static_groups",
     "forced_isa",
     "get_isa",
     "native_status",
-    "pack_gptq",
-    "q4_gemv",
     "set_isa",
     "supported_isas",
 ]

@@ -42,45 +42,6 @@ _ERROR_BY_STATUS: Final[dict[int, type[KernelError]]] = {
 }
 
 
-class Q4MatrixStruct(ctypes.Structure):
-    """``vq_q4_matrix`` of vqkernels.h."""
-
-    _fields_ = (
-        ("in_features", ctypes.c_int32),
-        ("out_features", ctypes.c_int32),
-        ("group_size", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-    )
-
-
-class Q4SizesStruct(ctypes.Structure):
-    """``vq_q4_sizes`` of vqkernels.h."""
-
-    _fields_ = (
-        ("num_groups", ctypes.c_int64),
-        ("num_panels", ctypes.c_int64),
-        ("codes_bytes", ctypes.c_int64),
-        ("num_scales", ctypes.c_int64),
-    )
-
-
-class GptqQ4Struct(ctypes.Structure):
-    """``vq_gptq_q4`` of vqkernels.h."""
-
-    _fields_ = (
-        ("in_features", ctypes.c_int32),
-        ("out_features", ctypes.c_int32),
-        ("group_size", ctypes.c_int32),
-        ("zero_offset", ctypes.c_int32),
-        ("qweight", ctypes.c_void_p),
-        ("qzeros", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-    )
-
-
 @dataclass(frozen=True)
 class BuildInfo:
     """What the build wrote down: whether native code was built, why not, and with what."""
@@ -115,10 +76,6 @@ _SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]
     "vq_scq1_close": (None, (_PTR,)),
     "vq_scq1_unpack": (_I32, (_PTR, _PTR, _PTR)),
     "vq_scq1_pack": (_I32, (_PTR, _PTR, _PTR)),
-    "vq_q4_get_sizes": (_I32, (_I32, _I32, _I32, _PTR)),
-    "vq_q4_pack_gptq": (_I32, (_PTR, _PTR, _PTR, _PTR)),
-    "vq_q8_quantize": (_I32, (_PTR, _I32, _I32, _PTR, _PTR, _PTR)),
-    "vq_q4_gemv": (_I32, (_PTR, _PTR, _I32, _PTR, _PTR)),
 }
 
 

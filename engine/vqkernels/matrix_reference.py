@@ -6,6 +6,7 @@ Slow and clear on purpose; needs no native library. Must not import the loader.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,44 @@ from vqkernels.matrix_weights import (
     Weights,
     count_groups,
 )
-from vqkernels.reference import INT8_MAX, QuantizedActivations, quantize_activations
 
 ACTIVATION_GROUP = 128
+INT8_MAX = np.float32(127.0)
+SMALLEST_MAX = np.float32(1e-30)
 NO_TRANSFORM = InputTransform()
 
 Floats = npt.NDArray[np.float32]
 Steps = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivations:
+    """int8 activations with one scale per 128 columns: value ~ scales[k // 128] * q[k].
+
+    Attributes:
+        q: int8 (in,), values -127..127.
+        scales: float32 (ceil(in / 128),).
+    """
+
+    q: npt.NDArray[np.int8]
+    scales: Floats
+
+
+def quantize_activations(x: Floats) -> QuantizedActivations:
+    """float32 (in,) -> int8, as vqkernels.h defines it.
+
+    Every operation is one binary32 rounding, so the native code must give the same bits.
+    """
+    q = np.zeros(x.size, dtype=np.int8)
+    scales = np.zeros(-(-x.size // ACTIVATION_GROUP), dtype=np.float32)
+    for g in range(scales.size):
+        span = slice(g * ACTIVATION_GROUP, (g + 1) * ACTIVATION_GROUP)
+        amax = np.abs(x[span]).max()
+        if amax < SMALLEST_MAX:
+            continue
+        scales[g] = amax / INT8_MAX
+        q[span] = np.rint(x[span] * (INT8_MAX / amax)).astype(np.int8)
+    return QuantizedActivations(q, scales)
 
 
 def stages(weights: Weights) -> Iterator[tuple[Steps, Floats, int]]:
@@ -74,7 +106,7 @@ def matmul_int8(
     rows = []
     for row in x:
         seen = transform_input(row, transform)
-        activations = quantize_activations(seen, ACTIVATION_GROUP)
+        activations = quantize_activations(seen)
         y = np.concatenate([_part_int8(part, activations) for part in parts])
         if transform.column_bias is not None:
             y = y + dot_in_kernel_order(row, transform.column_bias.astype(np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -310,6 +311,28 @@ def test_words_and_bytes_pack_alike() -> None:
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+def test_symmetric_zero_points_are_dropped() -> None:
+    plain = FORMATS["grid4"](20, 256, 3)
+    assert isinstance(plain, GridWeights)
+    explicit = Matrix(replace(plain, zeros=np.full((2, 20), 8, dtype=np.uint8)))
+    assert explicit.nbytes == Matrix(plain).nbytes < Matrix(grid(4, 128, True)(20, 256, 3)).nbytes
+    x = normal(256)
+    np.testing.assert_array_equal(bits(matmul(explicit, x)), bits(matmul(Matrix(plain), x)))
+
+
+def test_activations_that_vanish_give_zero() -> None:
+    weights = FORMATS["grid4-asymmetric"](16, 200, 3)
+    x = np.stack([np.zeros(200), np.full(200, 1e-31), np.ones(200)]).astype(np.float32)
+    check_tiers([weights], x)
+    assert not matmul(Matrix(weights), x)[:2].any()
+
+
+def test_strided_activations_are_read_correctly() -> None:
+    matrix = Matrix(FORMATS["grid4"](16, 64, 3))
+    x = normal(64, 2)
+    np.testing.assert_array_equal(matmul(matrix, x[:, 0]), matmul(matrix, x[:, 0].copy()))
+
+
 def test_given_memory_is_used_and_result_array_too() -> None:
     weights = FORMATS["tcq2"](40, 200, 3)
     memory = aligned_empty(packed_size(weights))
@@ -355,6 +378,14 @@ def test_bad_inputs_are_named() -> None:
         matmul(matrix, np.zeros(200))  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"x has shape \(199,\), must be \(200,\)"):
         matmul(matrix, normal(199))
+    with pytest.raises(DtypeError, match="x is a list"):
+        matmul(matrix, [0.0] * 200)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="batch >= 1"):
+        matmul(matrix, normal(0, 200))
+    with pytest.raises(DtypeError, match="out has dtype float64"):
+        matmul(matrix, normal(200), out=np.empty(8))  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="C-contiguous"):
+        matmul(matrix, normal(200), out=np.empty(16, dtype=np.float32)[::2])
     with pytest.raises(ShapeError, match=r"out has shape \(9,\), must be \(8,\)"):
         matmul(matrix, normal(200), out=np.empty(9, dtype=np.float32))
     with pytest.raises(ShapeError, match="out of range"):
@@ -382,6 +413,9 @@ CODEBOOK = np.zeros((256, 4), dtype=np.float16)
         (lambda: GridWeights(CODES, SCALES[:, :3]), ShapeError, r"scales has shape \(1, 3\)"),
         (lambda: GridWeights(CODES, SCALES * np.float16("inf")), NonFiniteError, "scales holds"),
         (lambda: GridWeights(CODES[0], SCALES), ShapeError, "must have 2 dimensions"),
+        (lambda: GridWeights(CODES.astype(np.int64), SCALES), DtypeError, "codes has dtype int64"),
+        (lambda: GridWeights([0], SCALES), DtypeError, "codes is a list"),  # type: ignore[arg-type]
+        (lambda: GridWeights(CODES, SCALES, CODES), ShapeError, r"zeros has shape \(64, 8\)"),
         (lambda: DenseWeights(np.full((2, 2), np.nan, np.float32)), NonFiniteError, "weight"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 2, 8), LayoutError, "bits 8"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 2, 2), LayoutError, "multiplier is 2"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -71,13 +70,6 @@ def test_other_abi_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NativeUnavailableError, match="ABI version"):
         loader.load_library()
     loader.load_library.cache_clear()
-
-
-@pytest.mark.usefixtures("native")
-def test_struct_sizes_match_the_header() -> None:
-    assert ctypes.sizeof(loader.Q4MatrixStruct) == 4 * 4 + 3 * 8
-    assert ctypes.sizeof(loader.GptqQ4Struct) == 4 * 4 + 3 * 8
-    assert ctypes.sizeof(loader.Q4SizesStruct) == 4 * 8
 
 
 @pytest.mark.usefixtures("native")
