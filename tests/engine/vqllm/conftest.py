@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from vqkernels import native_status
+from vqllm.cli import main
 from vqllm.quantization.base import GroupedSpec
 from vqllm.quantization.gptq import GptqOptions
 
 MakeFolder = Callable[..., Path]
+RunVqllm = Callable[..., tuple[int, str, str]]
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -131,3 +136,26 @@ def options() -> GptqOptions:
 def windows() -> np.ndarray[Any, np.dtype[np.int64]]:
     """Calibration tokens, (8, 32)."""
     return np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int64)
+
+
+@pytest.fixture(scope="session")
+def native_encoder() -> None:
+    """Trellises are searched by native code; skip where nothing could be built."""
+    status = native_status()
+    if not status.available and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip(status.reason)
+
+
+@pytest.fixture
+def run_vqllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunVqllm:
+    """Runs `vqllm WORDS...`: exit code, standard output and standard error."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vqllm", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as done:
+            main()
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out, captured.err
+
+    return run

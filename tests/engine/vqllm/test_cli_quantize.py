@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vqllm.checkpoint import Checkpoint
-from vqllm.cli import main
+
+RunVqllm = Callable[..., tuple[int, str, str]]
 
 WORDS: tuple[str | Path, ...] = ("--windows", "4", "--window-length", "64", "--damping", "0.01")
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    monkeypatch.setattr(sys, "argv", ["vqllm", "quantize", *map(str, words)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as done:
-        main()
-    captured = capsys.readouterr()
-    return int(done.value.code or 0), captured.out, captured.err
-
-
 def test_a_bit_budget_with_a_memory_limit(
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, tmp_path: Path, run_vqllm: RunVqllm
 ) -> None:
     target = tmp_path / "out"
     budget = ("--method", "tcq", "--bpw", "3", "--max-memory", "30GB")
     words = (tiny_folder, "-o", target, *budget, "--tune-steps", "2")
-    code, output, errors = run(monkeypatch, capsys, *words, *WORDS)
+    code, output, errors = run_vqllm("quantize", *words, *WORDS)
     assert code == 0, errors
     assert "14/14" in errors
     assert "error 0." in errors
@@ -62,13 +48,12 @@ def test_a_bit_budget_with_a_memory_limit(
 def test_mistakes_end_with_one_line(
     tiny_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_vqllm: RunVqllm,
     words: tuple[str, ...],
     message: str,
 ) -> None:
     arguments = (tiny_folder, "-o", tmp_path / "out", *WORDS, *words)
-    code, _, errors = run(monkeypatch, capsys, *arguments)
+    code, _, errors = run_vqllm("quantize", *arguments)
     assert code == 1
     assert errors.splitlines()[-1].startswith("error:")
     assert message in errors
@@ -77,13 +62,8 @@ def test_mistakes_end_with_one_line(
 
 
 def test_a_list_of_words_is_no_damping(
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, tmp_path: Path, run_vqllm: RunVqllm
 ) -> None:
-    code, _, errors = run(
-        monkeypatch, capsys, tiny_folder, "-o", tmp_path / "out", "--damping", "a,b"
-    )
+    code, _, errors = run_vqllm("quantize", tiny_folder, "-o", tmp_path / "out", "--damping", "a,b")
     assert code == 2
     assert "not a list of numbers" in errors

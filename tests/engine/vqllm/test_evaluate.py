@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from numpy.typing import NDArray
 
 from vqllm.checkpoint import Checkpoint
-from vqllm.cli import main
 from vqllm.errors import CorruptCheckpoint, EvaluationError, InvalidConfig
 from vqllm.evaluation.evaluate import EvaluationOptions, evaluate_folder
 from vqllm.evaluation.perplexity import compare_windows, score_windows
@@ -24,6 +22,7 @@ from vqllm.evaluation.statistics import bootstrap_mean, ratio_interval
 from vqllm.evaluation.windows import WindowConfig, read_windows
 
 MakeFolder = Callable[..., Path]
+RunVqllm = Callable[..., tuple[int, str, str]]
 
 REQUIRED = (
     "perplexity",
@@ -171,23 +170,8 @@ def test_sizes_are_counted_in_the_file(tiny_folder: Path) -> None:
     assert sizes.file_bytes == (tiny_folder / "model.safetensors").stat().st_size
 
 
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["vqllm", "evaluate", *map(str, words)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as done:
-        main()
-    captured = capsys.readouterr()
-    return int(done.value.code or 0), captured.out, captured.err
-
-
 def test_the_command_writes_every_number(
-    make_folder: MakeFolder,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    make_folder: MakeFolder, text: Path, tmp_path: Path, run_vqllm: RunVqllm
 ) -> None:
     model, reference, out = (
         make_folder("model", 1),
@@ -196,7 +180,7 @@ def test_the_command_writes_every_number(
     )
     words: list[str | Path] = [model, "--reference", reference, "--text", text]
     words += ["--window-length", "32"]
-    code, output, errors = command(monkeypatch, capsys, *words, "--json", out)
+    code, output, errors = run_vqllm("evaluate", *words, "--json", out)
     assert code == 0, errors
     facts: dict[str, Any] = json.loads(out.read_text())
     assert all(name in facts for name in REQUIRED)
@@ -205,24 +189,19 @@ def test_the_command_writes_every_number(
     assert facts["ratio_low"] <= facts["ratio"] <= facts["ratio_high"]
     assert facts["ratio"] == pytest.approx(facts["perplexity"] / facts["reference_perplexity"])
     assert facts["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
-    code, output, errors = command(monkeypatch, capsys, *words, "--windows", "3", "--json", "-")
+    code, output, errors = run_vqllm("evaluate", *words, "--windows", "3", "--json", "-")
     assert code == 0, errors
     assert json.loads(output)["selection"] == "first"
     assert json.loads(output)["windows"] == 3
 
 
 def test_the_command_names_what_is_wrong(
-    tiny_folder: Path,
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, text: Path, run_vqllm: RunVqllm
 ) -> None:
-    code, _, errors = command(monkeypatch, capsys, tiny_folder, "--text", text)
+    code, _, errors = run_vqllm("evaluate", tiny_folder, "--text", text)
     assert code == 1
     assert "330 tokens" in errors
-    code, _, errors = command(
-        monkeypatch, capsys, tiny_folder, "--text", text, "--window-length", "300"
-    )
+    code, _, errors = run_vqllm("evaluate", tiny_folder, "--text", text, "--window-length", "300")
     assert code == 1
     assert "context of 128" in errors
     assert "Traceback" not in errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqkernels import native_status
+from support.layers import correlated_inputs, factor_of, output_error
 from vqllm.errors import InvalidConfig, UnsupportedModel
-from vqllm.quantization.base import GroupedSpec, QuantizedLinear
+from vqllm.quantization.base import GroupedSpec
 from vqllm.quantization.gptq import GptqOptions, quantize_gptq
-from vqllm.quantization.hessian import Hessian, HessianFactor, factorize
+from vqllm.quantization.hessian import HessianFactor, factorize
 from vqllm.quantization.methods import METHODS, read_linear
 from vqllm.quantization.sweep import refit_scales
 from vqllm.quantization.tcq import TcqLinear, TcqOptions, quantize_tcq
@@ -24,28 +23,17 @@ from vqllm.quantization.trellis import TrellisCodebook, codebook_of, encode_refe
 ROWS, COLUMNS = 40, 96
 FAST = TcqOptions(2, trellis_bits=10)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def native() -> None:
-    """The encoder is native; skip where nothing could be built."""
-    status = native_status()
-    if not status.available and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip(status.reason)
+pytestmark = pytest.mark.usefixtures("native_encoder")
 
 
 @pytest.fixture(scope="module")
 def inputs() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(COLUMNS, COLUMNS, generator=generator)
-    mixing *= torch.linspace(3.0, 0.1, COLUMNS)[:, None]
-    return torch.randn(600, COLUMNS, generator=generator) @ mixing
+    return correlated_inputs(COLUMNS)
 
 
 @pytest.fixture(scope="module")
 def factor(inputs: Tensor) -> HessianFactor:
-    hessian = Hessian(COLUMNS)
-    hessian.add(inputs)
-    return factorize(hessian.value, 0.01)
+    return factor_of(inputs)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +41,6 @@ def weight() -> Tensor:
     generator = torch.Generator().manual_seed(2)
     rows = torch.rand(ROWS, 1, generator=generator) + 0.5
     return torch.randn(ROWS, COLUMNS, generator=generator) * rows * 0.05
-
-
-def output_error(weight: Tensor, linear: QuantizedLinear, inputs: Tensor) -> float:
-    difference = weight - torch.from_numpy(linear.dequantize())
-    return float((inputs @ difference.T).square().sum() / (inputs @ weight.T).square().sum())
 
 
 def dense_sweep(weight: Tensor, factor: HessianFactor, options: TcqOptions) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqkernels import native_status
+from support.layers import correlated_inputs, factor_of, output_error
 from vqllm.api import AutoQuantizer
 from vqllm.calibration import CalibrationConfig
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import InvalidConfig, UnsupportedModel
-from vqllm.quantization.base import QuantizedLinear
-from vqllm.quantization.hessian import Hessian, HessianFactor, factorize
+from vqllm.quantization.hessian import HessianFactor, factorize
 from vqllm.quantization.methods import METHODS, read_linear
 from vqllm.quantization.presets import QuantizeConfig
 from vqllm.quantization.tcq import TcqOptions, first_scales, quantize_tcq
@@ -28,38 +26,22 @@ from vqllm.quantization.trellis import codebook_of, encode_reference, states_of
 ROWS, COLUMNS = 24, 90
 FAST = TcqRowOptions(2, trellis_bits=10)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def native() -> None:
-    """The encoder is native; skip where nothing could be built."""
-    status = native_status()
-    if not status.available and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip(status.reason)
+pytestmark = pytest.mark.usefixtures("native_encoder")
 
 
 @pytest.fixture(scope="module")
 def inputs() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(COLUMNS, COLUMNS, generator=generator)
-    mixing *= torch.linspace(3.0, 0.1, COLUMNS)[:, None]
-    return torch.randn(600, COLUMNS, generator=generator) @ mixing
+    return correlated_inputs(COLUMNS)
 
 
 @pytest.fixture(scope="module")
 def factor(inputs: Tensor) -> HessianFactor:
-    hessian = Hessian(COLUMNS)
-    hessian.add(inputs)
-    return factorize(hessian.value, 0.01)
+    return factor_of(inputs)
 
 
 @pytest.fixture(scope="module")
 def weight() -> Tensor:
     return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2)) * 0.05
-
-
-def output_error(weight: Tensor, linear: QuantizedLinear, inputs: Tensor) -> float:
-    difference = weight - torch.from_numpy(linear.dequantize())
-    return float((inputs @ difference.T).square().sum() / (inputs @ weight.T).square().sum())
 
 
 def test_without_correlations_a_row_is_the_best_path_of_its_weights(weight: Tensor) -> None:
