@@ -109,7 +109,9 @@ bench-scq: $(VENV)/.ready ## measure the SCQ solvers and the frame codec side by
 	@OMP_NUM_THREADS=1 $(BIN)/python -m scq.bench_codec $(if $(JSON),--json $(JSON)/codec.json)
 
 bench-quant: $(VENV)/.ready ## measure the quantizers side by side with their peers
-	@$(BIN)/python -m vqllm.evaluation.bench $(if $(JSON),--json $(JSON)/quantization.json)
+	@$(BIN)/python -m vqllm.evaluation.bench $(MODELS) $(if $(JSON),--json $(JSON)/quantization.json) \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(WINDOWS),--windows $(WINDOWS)) $(if $(ONLY),--only "$(ONLY)") \
+	  $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(GPTQMODEL_PYTHON),--gptqmodel-python $(GPTQMODEL_PYTHON))
 
 bench-llm: $(VENV)/.ready ## measure decoding and prefill side by side with ONNX Runtime and llama.cpp
 	@$(BIN)/vqllm bench $(if $(JSON),--json $(JSON)/llm.json)

@@ -123,6 +123,8 @@ def quantize(
     limit = None if max_memory is None else parse_bytes(max_memory)
     quantizer = AutoQuantizer.from_pretrained(model, cache)
     start = time.monotonic()
+    if bpw is not None:
+        _messages.print("first measuring how many bits every linear needs (minutes)")
     with make_mapper(executor) as mapper, _Display(quantizer.num_linears, tune_steps) as display:
         options = RunOptions(resume, limit, mapper, display.report, display.report_tuning)
         quantizer.quantize_to(output, config, text, options)

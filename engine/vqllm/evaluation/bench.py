@@ -47,9 +47,10 @@ def bench_arms(paths: PeerPaths, only: str = "") -> list[Arm]:
     """
     ours: list[Arm] = [our_arm("tcq", bits, "") for bits in (2.0, 2.25, 3.0, 3.25, 4.0, 4.25)]
     ours += [our_arm("tcq", bits, "", "--tune-steps", "0") for bits in (2.0, 3.0, 4.0)]
-    ours += [our_arm("vptq", bits, "") for bits in (2.0, 2.25, 3.0, 4.0)]
-    ours += [our_arm("vptq", bits, "", "--tune-steps", "0") for bits in (2.0, 3.0, 4.0)]
-    ours += [our_arm("gptq", bits, "") for bits in (2.0, 3.0, 4.0)]
+    ours += [our_arm("vptq", bits, "quarot") for bits in (2.0, 2.25, 3.0, 4.0)]
+    ours += [our_arm("vptq", 2.25, "")]
+    ours += [our_arm("vptq", bits, "quarot", "--tune-steps", "0") for bits in (2.0, 3.0, 4.0)]
+    ours += [our_arm("gptq", bits, how) for bits in (2.0, 3.0, 4.0) for how in ("", "quarot")]
     others = [
         replace(arm, seeded=False) if isinstance(arm, PeerArm) else arm for arm in peers(paths)
     ]
@@ -61,10 +62,13 @@ def bench_arms(paths: PeerPaths, only: str = "") -> list[Arm]:
 
 
 def document(
-    sections: Sequence[tuple[Comparison, Sequence[Row]]], texts: Sequence[str], facts: str
+    sections: Sequence[tuple[Comparison, Sequence[Row]]],
+    texts: Sequence[str],
+    facts: str,
+    command: str = COMMAND,
 ) -> str:
     """The Markdown page of all references."""
-    parts = ["# Quantization compared", "", f"    {COMMAND}", "", facts, ""]
+    parts = ["# Quantization compared", "", f"    {command}", "", facts, ""]
     for comparison, rows in sections:
         parts += [f"## Reference {comparison.title}", "", comparison.facts, ""]
         parts += [_verdict_line(rows, texts), "", to_markdown(rows, texts)]
@@ -136,7 +140,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if not all("=" in entry for entry in given.text):
         raise InvalidConfig("text", given.text, "NAME=FILE")
     sections = [_run(reference, given) for reference in given.references]
-    _write(sections, list(_named(given.text)), given.output)
+    command = f"{COMMAND} SEEDS={given.seeds} WINDOWS={given.windows}"
+    _write(sections, list(_named(given.text)), given.output, command)
     if given.json is not None:
         shutil.copyfile(given.output / "quantization.json", given.json)
 
@@ -163,10 +168,15 @@ def _run(reference: str, given: argparse.Namespace) -> tuple[Comparison, list[Ro
 
 
 def _write(
-    sections: Sequence[tuple[Comparison, list[Row]]], texts: Sequence[str], output: Path
+    sections: Sequence[tuple[Comparison, list[Row]]],
+    texts: Sequence[str],
+    output: Path,
+    command: str,
 ) -> None:
     facts = machine_facts()
-    (output / "quantization.md").write_text(document(sections, texts, facts), encoding="utf-8")
+    (output / "quantization.md").write_text(
+        document(sections, texts, facts, command), encoding="utf-8"
+    )
     tables = {comparison.title: rows for comparison, rows in sections}
     (output / "quantization.csv").write_text(to_csv(tables, texts), encoding="utf-8")
     content: dict[str, Any] = {"facts": facts, "references": {}}
