@@ -15,7 +15,6 @@ namespace {
 
 struct Tier {
   const char *name;
-  Q4PanelsFn q4_panels;  // nullptr: not in this build
   bool supported;
   const LatticeOps *lattice;
   const ScqOps *scq;
@@ -68,22 +67,20 @@ Features detect() {
 using Tiers = std::array<Tier, 4>;
 
 Tiers make_tiers() {
-  Tiers tiers{{{"baseline", q4_panels_baseline, true, &lattice_ops_baseline, &scq_ops_baseline},
-               {"avx2", nullptr, false, nullptr, nullptr},
-               {"avx512_vnni", nullptr, false, nullptr, nullptr},
-               {"avx512_vbmi", nullptr, false, nullptr, nullptr}}};
+  Tiers tiers{{{"baseline", true, &lattice_ops_baseline, &scq_ops_baseline},
+               {"avx2", false, nullptr, nullptr},
+               {"avx512_vnni", false, nullptr, nullptr},
+               {"avx512_vbmi", false, nullptr, nullptr}}};
   tiers[VQ_ISA_BASELINE].matrix = &matrix_ops_baseline;
 #if defined(VQ_X86)
   [[maybe_unused]] const Features found = detect();
 #if defined(VQ_HAVE_AVX2)
-  tiers[VQ_ISA_AVX2].q4_panels = q4_panels_avx2;
   tiers[VQ_ISA_AVX2].lattice = &lattice_ops_avx2;
   tiers[VQ_ISA_AVX2].scq = &scq_ops_avx2;
   tiers[VQ_ISA_AVX2].matrix = &matrix_ops_avx2;
   tiers[VQ_ISA_AVX2].supported = found.avx2;
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI)
-  tiers[VQ_ISA_AVX512_VNNI].q4_panels = q4_panels_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].lattice = &lattice_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].scq = &scq_ops_avx512_vnni;
   tiers[VQ_ISA_AVX512_VNNI].matrix = &matrix_ops_avx512_vnni;
@@ -124,10 +121,6 @@ std::atomic<std::int32_t> &current_isa() {
 }
 
 }  // namespace
-
-Q4PanelsFn q4_panels() {
-  return tiers()[current_isa().load(std::memory_order_relaxed)].q4_panels;
-}
 
 const LatticeOps &lattice_ops() {
   return *tiers()[current_isa().load(std::memory_order_relaxed)].lattice;

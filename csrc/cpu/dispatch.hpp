@@ -3,13 +3,9 @@
 
 #include "lattice_kernels.hpp"
 #include "matrix_kernels.hpp"
-#include "q4_kernels.hpp"
 #include "scq_solve_kernels.hpp"
 
 namespace vq {
-
-// The entry point of the current tier.
-Q4PanelsFn q4_panels();
 
 // The lattice loops of the current tier.
 const LatticeOps &lattice_ops();

@@ -1,4 +1,4 @@
-// What the ISA tiers of the weight encoders share: declarations only, see q4_kernels.hpp for why.
+// What the ISA tiers of the weight encoders share: declarations only, see matrix_kernels.hpp for why.
 #pragma once
 
 #include <cstdint>

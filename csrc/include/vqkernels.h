@@ -7,14 +7,6 @@
  * Names: a linear layer maps in_features inputs to out_features outputs. Input columns are cut into
  * groups of group_size that share one scale and one zero point per output; the last group may be
  * shorter (576 = 4 * 128 + 64).
- *
- * Packed 4-bit layout ("q4"), chosen so that one 64-byte load feeds 16 outputs at once:
- *   panel   16 consecutive outputs; the last panel is padded with zero codes and zero scales
- *   chunk   8 consecutive input columns of a panel = 64 bytes
- *           byte 4*r + j: low nibble = column j, high nibble = column 4 + j, of output r (0..15)
- *   codes   [panel][in_features / 8][64]             uint8
- *   scales  [panel][group][16]                       float
- *   zeros   [panel][group][16]  or NULL for all 8    uint8, values 0..15
  */
 #ifndef VQKERNELS_H
 #define VQKERNELS_H
@@ -32,14 +24,9 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a struct, a layout or the meaning of an argument changes. */
-#define VQ_ABI_VERSION 1
+#define VQ_ABI_VERSION 2
 
 enum {
-  VQ_Q4_PANEL = 16,          /* outputs per panel */
-  VQ_Q4_CHUNK = 8,           /* input columns per chunk */
-  VQ_Q4_CHUNK_BYTES = 64,    /* bytes per chunk */
-  VQ_Q4_MAX_GROUP = 65536,   /* keeps every integer sum inside int32 */
-  VQ_Q4_SYMMETRIC_ZERO = 8,  /* zero point meant by zeros == NULL */
   VQ_MAX_FEATURES = 1 << 24, /* bound on in_features, out_features and batch */
   VQ_MAX_THREADS = 256,
   VQ_LATTICE_MAX_CODES = 65536,
@@ -52,7 +39,7 @@ enum {
 typedef enum vq_status {
   VQ_OK = 0,
   VQ_ERR_NULL = 1,       /* a required pointer is NULL */
-  VQ_ERR_SHAPE = 2,      /* a size is out of range or not a multiple of VQ_Q4_CHUNK */
+  VQ_ERR_SHAPE = 2,      /* a size is out of range or one that the kernels do not take */
   VQ_ERR_ISA = 3,        /* unknown tier, or one this CPU or this build cannot run */
   VQ_ERR_NONFINITE = 4,  /* an activation is NaN or infinite */
   VQ_ERR_MEMORY = 5,     /* allocation or thread creation failed */
@@ -68,42 +55,6 @@ typedef enum vq_isa {
   VQ_ISA_AVX512_VNNI = 2,
   VQ_ISA_AVX512_VBMI = 3 /* the same with byte permutes */
 } vq_isa;
-
-/* A packed 4-bit matrix; see the layout above. 64-byte aligned codes are faster, not required. */
-typedef struct vq_q4_matrix {
-  int32_t in_features;
-  int32_t out_features;
-  int32_t group_size;
-  int32_t reserved; /* must be 0 */
-  const uint8_t *codes;
-  const float *scales;
-  const uint8_t *zeros; /* NULL: every zero point is VQ_Q4_SYMMETRIC_ZERO */
-} vq_q4_matrix;
-
-/* Array sizes of a packed matrix. */
-typedef struct vq_q4_sizes {
-  int64_t num_groups;
-  int64_t num_panels;
-  int64_t codes_bytes;
-  int64_t num_scales; /* also the number of zeros, in bytes */
-} vq_q4_sizes;
-
-/* A layer as GPTQ checkpoints store it. With G = ceil(in_features / group_size):
- *   qweight [in_features / 8][out_features]    nibble i of a word = column 8 * row + i
- *   qzeros  [G][ceil(out_features / 8)]        nibble i of a word = output 8 * word + i;
- *                                              NULL: every zero point is VQ_Q4_SYMMETRIC_ZERO
- *   scales  [G][out_features]
- * zero_offset is added to each stored zero point modulo 16: 1 for "gptq" files (they store z - 1),
- * 0 for "gptq_v2". Column k belongs to group k / group_size (static groups, no act-order index). */
-typedef struct vq_gptq_q4 {
-  int32_t in_features;
-  int32_t out_features;
-  int32_t group_size;
-  int32_t zero_offset;
-  const int32_t *qweight;
-  const int32_t *qzeros;
-  const float *scales;
-} vq_gptq_q4;
 
 /* A persistent thread pool. The calling thread is its first worker. */
 typedef struct vq_pool vq_pool;
@@ -133,37 +84,14 @@ VQ_API int32_t vq_pool_create(int32_t num_threads, vq_pool **pool);
 /* Join the workers. NULL is allowed. No call may be running on the pool. */
 VQ_API void vq_pool_free(vq_pool *pool);
 
-/* Array sizes for a shape: in_features and group_size are positive multiples of VQ_Q4_CHUNK. */
-VQ_API int32_t vq_q4_get_sizes(int32_t in_features, int32_t out_features, int32_t group_size,
-                               vq_q4_sizes *sizes);
-
-/* Repack a GPTQ layer. codes and scales have the sizes of vq_q4_get_sizes; zeros likewise, and may
- * be NULL only if source->qzeros is NULL. */
-VQ_API int32_t vq_q4_pack_gptq(const vq_gptq_q4 *source, uint8_t *codes, float *scales,
-                               uint8_t *zeros);
-
-/* Quantize one activation row to int8, one scale per group:
- *   amax = max |x| over the group; scale = amax / 127; q = round_half_even(x * (127 / amax))
- * all in binary32. A group with amax < 1e-30 becomes q = 0, scale = 0; sums[g] = sum of q in group
- * g. The error is at most scale / 2 per value; on Gaussian rows with group 128 the relative RMS
- * error is about 6e-3. x and q hold num_values values, scales and sums one value per group. */
-VQ_API int32_t vq_q8_quantize(const float *x, int32_t num_values, int32_t group_size, int8_t *q,
-                              float *scales, int32_t *sums);
-
-/* y[b][n] = sum over groups g, in order, of
- *     float(sum over k in g of q[b][k] * (code[k][n] - zero[g][n])) * (scale[g][n] * x_scale[b][g])
- * with q and x_scale from vq_q8_quantize of x[b]. Sums over k are exact int32; multiply and add of
- * the float part are separate roundings, so every tier and thread count gives the same bits.
- * x is [batch][in_features], y is [batch][out_features]; pool may be NULL (calling thread only). */
-VQ_API int32_t vq_q4_gemv(const vq_q4_matrix *matrix, const float *x, int32_t batch, float *y,
-                          vq_pool *pool);
-
 /* ---- Packed matrices of every format ----
  *
  * A vq_matrix multiplies activations [batch][in_features] with weights [out_features][in_features].
  * It may stack parts of different formats (q, k, v; gate, up): their rows follow each other.
- * Activations become int8 with one scale per 128 columns, as vq_q8_quantize does it; dots within
- * the smaller of a weight group and 128 columns are exact int32; then
+ * Activations become int8 with one scale per 128 columns:
+ *   amax = max |x| over the columns; scale = amax / 127; q = round_half_even(x * (127 / amax))
+ * all in binary32; amax < 1e-30 becomes q = 0, scale = 0. On Gaussian rows the relative RMS error
+ * is about 6e-3. Dots within the smaller of a weight group and 128 columns are exact int32; then
  *   y[n] = sum over stages of (sum over groups, in order, of float(dot) * (w_scale * x_scale))
  * with a rounding after every operation, so that tiers, batches and threads give the same bits. */
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "vqkernels.h"
@@ -158,15 +159,26 @@ Layer make_vq(std::int32_t length, std::vector<std::int32_t> sizes, std::int32_t
   return layer;
 }
 
+// One row of activations to int8, by the formula of the header.
+void quantize(const std::vector<float> &x, std::vector<std::int8_t> &q, std::vector<float> &scales) {
+  for (std::size_t begin = 0, g = 0; begin < x.size(); begin += kActivationGroup, ++g) {
+    const std::size_t end = std::min<std::size_t>(x.size(), begin + kActivationGroup);
+    float largest = 0.0f;
+    for (std::size_t k = begin; k < end; ++k) largest = std::max(largest, std::fabs(x[k]));
+    scales[g] = largest / 127.0f;
+    for (std::size_t k = begin; k < end; ++k) {
+      q[k] = static_cast<std::int8_t>(std::nearbyint(x[k] * (127.0f / largest)));
+    }
+  }
+}
+
 // The formula of the header, in its order, one output at a time.
 std::vector<float> reference_row(const Layer &layer, const float *x) {
   const std::int32_t in = layer.part.in_features, out = layer.part.out_features;
   const std::int32_t groups = (in + kActivationGroup - 1) / kActivationGroup;
   std::vector<std::int8_t> q(static_cast<std::size_t>(in));
   std::vector<float> x_scales(static_cast<std::size_t>(groups));
-  std::vector<std::int32_t> sums(static_cast<std::size_t>(groups));
-  expect(vq_q8_quantize(x, in, kActivationGroup, q.data(), x_scales.data(), sums.data()) == VQ_OK,
-         "quantize finite activations");
+  quantize({x, x + in}, q, x_scales);
   std::vector<float> y(static_cast<std::size_t>(out), 0.0f);
   for (std::int32_t n = 0; n < out; ++n) {
     for (std::size_t s = 0; s < layer.stages.size(); ++s) {
@@ -252,6 +264,10 @@ void test_bad_arguments() {
   expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_SHAPE,
          "a group that segments do not divide");
   layer.part.group_size = 0;
+  layer.part.zero_offset = 2;
+  expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_ZERO_OFFSET,
+         "a zero offset of 2");
+  layer.part.zero_offset = 0;
   layer.part.kind = 9;
   expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_SHAPE, "kind 9");
   layer.part.kind = VQ_MATRIX_GRID;
@@ -293,15 +309,49 @@ void test_packed_memory_is_reusable() {
   vq_matrix_free(matrix);
 }
 
+void test_pool_is_shared_by_threads(vq_pool *pool) {
+  std::mt19937 random(5);
+  Layer layer = make_grid(4, 64, 256, random);
+  layer.point();
+  const std::vector<float> x(256, 0.5f);
+  const auto expected = reference_row(layer, x.data());
+  vq_matrix *matrix = nullptr;
+  expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_OK, "pack");
+  std::vector<int> wrong(3, 0);
+  std::vector<std::thread> callers;
+  for (std::size_t caller = 0; caller < wrong.size(); ++caller) {
+    callers.emplace_back([&, caller] {
+      std::vector<float> y(64);
+      for (int call = 0; call < 200; ++call) {
+        vq_matrix_multiply(matrix, x.data(), 1, y.data(), 0, pool);
+        wrong[caller] += y == expected ? 0 : 1;
+      }
+    });
+  }
+  for (auto &caller : callers) caller.join();
+  for (const int count : wrong) expect(count == 0, "concurrent calls on one pool");
+  vq_matrix_free(matrix);
+}
+
+void test_tiers_and_pools_are_refused() {
+  vq_pool *pool = nullptr;
+  expect(vq_set_isa(99) == VQ_ERR_ISA && vq_set_isa(-2) == VQ_ERR_ISA, "unknown tier");
+  expect(vq_set_isa(VQ_ISA_AUTO) == VQ_OK, "automatic tier");
+  expect(vq_pool_create(0, &pool) == VQ_ERR_SHAPE && pool == nullptr, "a pool needs a thread");
+}
+
 }  // namespace
 
 int main() {
+  expect(vq_abi_version() == VQ_ABI_VERSION, "header and library agree");
   vq_pool *pool = nullptr;
   expect(vq_pool_create(3, &pool) == VQ_OK, "create a pool");
   test_formats(nullptr);
   test_formats(pool);
   test_bad_arguments();
   test_packed_memory_is_reusable();
+  test_pool_is_shared_by_threads(pool);
+  test_tiers_and_pools_are_refused();
   vq_pool_free(pool);
   std::printf("%s: %d failures\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;

@@ -24,7 +24,7 @@ from vqkernels.errors import (
     ShapeError,
 )
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 _SUFFIX: Final = ".dylib" if sys.platform == "darwin" else ".so"
 LIBRARY_NAME: Final = f"libvqkernels_cpu{_SUFFIX}"
 BUILD_INFO_NAME: Final = "_build_info.json"
