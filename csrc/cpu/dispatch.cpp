@@ -15,10 +15,11 @@ namespace {
 
 struct Tier {
   const char *name;
-  bool supported;
-  const LatticeOps *lattice;
-  const ScqOps *scq;
+  bool supported = false;
+  const LatticeOps *lattice = nullptr;
   const MatrixOps *matrix = nullptr;
+  const ScqOps *scq = nullptr;
+  const SweepOps *sweep = nullptr;
 };
 
 #if defined(VQ_X86)
@@ -67,24 +68,24 @@ Features detect() {
 using Tiers = std::array<Tier, 4>;
 
 Tiers make_tiers() {
-  Tiers tiers{{{"baseline", true, &lattice_ops_baseline, &scq_ops_baseline},
-               {"avx2", false, nullptr, nullptr},
-               {"avx512_vnni", false, nullptr, nullptr},
-               {"avx512_vbmi", false, nullptr, nullptr}}};
-  tiers[VQ_ISA_BASELINE].matrix = &matrix_ops_baseline;
+  Tiers tiers{{{"baseline", true, &lattice_ops_baseline, &matrix_ops_baseline, &scq_ops_baseline,
+                &sweep_ops_baseline},
+               {"avx2"},
+               {"avx512_vnni"},
+               {"avx512_vbmi"}}};
 #if defined(VQ_X86)
   [[maybe_unused]] const Features found = detect();
 #if defined(VQ_HAVE_AVX2)
-  tiers[VQ_ISA_AVX2].lattice = &lattice_ops_avx2;
-  tiers[VQ_ISA_AVX2].scq = &scq_ops_avx2;
-  tiers[VQ_ISA_AVX2].matrix = &matrix_ops_avx2;
-  tiers[VQ_ISA_AVX2].supported = found.avx2;
+  tiers[VQ_ISA_AVX2] = {"avx2",           found.avx2,    &lattice_ops_avx2,
+                        &matrix_ops_avx2, &scq_ops_avx2, &sweep_ops_avx2};
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI)
-  tiers[VQ_ISA_AVX512_VNNI].lattice = &lattice_ops_avx512_vnni;
-  tiers[VQ_ISA_AVX512_VNNI].scq = &scq_ops_avx512_vnni;
-  tiers[VQ_ISA_AVX512_VNNI].matrix = &matrix_ops_avx512_vnni;
-  tiers[VQ_ISA_AVX512_VNNI].supported = found.avx512_vnni;
+  tiers[VQ_ISA_AVX512_VNNI] = {"avx512_vnni",
+                               found.avx512_vnni,
+                               &lattice_ops_avx512_vnni,
+                               &matrix_ops_avx512_vnni,
+                               &scq_ops_avx512_vnni,
+                               &sweep_ops_avx512_vnni};
 #endif
 #if defined(VQ_HAVE_AVX512_VNNI) && defined(VQ_HAVE_AVX512_VBMI)
   // Kernels without byte permutes are those of the tier below.
@@ -120,18 +121,26 @@ std::atomic<std::int32_t> &current_isa() {
   return isa;
 }
 
+const Tier &current_tier() {
+  return tiers()[current_isa().load(std::memory_order_relaxed)];
+}
+
 }  // namespace
 
 const LatticeOps &lattice_ops() {
-  return *tiers()[current_isa().load(std::memory_order_relaxed)].lattice;
+  return *current_tier().lattice;
 }
 
 const MatrixOps &matrix_ops() {
-  return *tiers()[current_isa().load(std::memory_order_relaxed)].matrix;
+  return *current_tier().matrix;
 }
 
 const ScqOps &scq_ops() {
-  return *tiers()[current_isa().load(std::memory_order_relaxed)].scq;
+  return *current_tier().scq;
+}
+
+const SweepOps &sweep_ops() {
+  return *current_tier().sweep;
 }
 
 }  // namespace vq

@@ -4,6 +4,7 @@
 #include "lattice_kernels.hpp"
 #include "matrix_kernels.hpp"
 #include "scq_solve_kernels.hpp"
+#include "trellis_kernels.hpp"
 
 namespace vq {
 
@@ -15,5 +16,8 @@ const MatrixOps &matrix_ops();
 
 // The SCQ solver of the current tier.
 const ScqOps &scq_ops();
+
+// The weight encoders of the current tier.
+const SweepOps &sweep_ops();
 
 }  // namespace vq

@@ -1,5 +1,5 @@
 // The loops of one tier, written once over `Lanes` (16 floats), which the including source file
-// defines before. Everything has internal linkage, so no tier can leak into another. No FMA: each
+// includes before. Everything has internal linkage, so no tier can leak into another. No FMA: each
 // operation rounds on its own and the order of additions is fixed, so all tiers agree bit for bit.
 #pragma once
 

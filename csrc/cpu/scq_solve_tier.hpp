@@ -1,5 +1,5 @@
-// The SCQ solver of one tier, written once over `Floats` (16 lanes) and `Doubles` (8 lanes), which
-// the including source file defines before. Internal linkage keeps tiers apart. No FMA, and every
+// The SCQ solver of one tier, written once over `Lanes` (16 floats) and `Doubles` (8), which
+// the including source file includes before. Internal linkage keeps tiers apart. No FMA, and every
 // sum has a fixed order, so all tiers agree bit for bit.
 //
 // Per latent a primal active set, as scq/solver/exact.py. The inverse Cholesky factor M of
@@ -97,19 +97,19 @@ void load_row(const ScqCodebook &book, const void *array, std::int64_t row, doub
 template <int kRows, int kPanels>
 void scan_tile(const float *queries, const float *panels, std::int32_t features,
                std::int64_t padded, float *scores) {
-  Floats sums[kRows][kPanels];
+  Lanes sums[kRows][kPanels];
   for (int r = 0; r < kRows; ++r) {
     for (int p = 0; p < kPanels; ++p) {
-      sums[r][p] = Floats::all(0.0f);
+      sums[r][p] = Lanes::all(0.0f);
     }
   }
   for (std::int32_t f = 0; f < features; ++f) {
-    Floats codes[kPanels];
+    Lanes codes[kPanels];
     for (int p = 0; p < kPanels; ++p) {
-      codes[p] = Floats::load(panels + (std::int64_t{p} * features + f) * kScqLanes);
+      codes[p] = Lanes::load(panels + (std::int64_t{p} * features + f) * kScqLanes);
     }
     for (int r = 0; r < kRows; ++r) {
-      const Floats value = Floats::all(queries[std::int64_t{r} * features + f]);
+      const Lanes value = Lanes::all(queries[std::int64_t{r} * features + f]);
       for (int p = 0; p < kPanels; ++p) {
         sums[r][p] = sums[r][p] + value * codes[p];
       }
@@ -170,21 +170,21 @@ struct Lowest {
 
 // values = offsets - scores in place; offsets are +inf in the padding.
 Lowest rank_values(const ScqCodebook &book, const float *offsets, float *scores) {
-  Floats even = Floats::all(kFloatInfinity);
-  Floats odd = even;
+  Lanes even = Lanes::all(kFloatInfinity);
+  Lanes odd = even;
   std::int32_t k = 0;
   for (; k + 2 * kScqLanes <= book.padded; k += 2 * kScqLanes) {
-    const Floats a = Floats::load(offsets + k) - Floats::load(scores + k);
-    const Floats b = Floats::load(offsets + k + kScqLanes) - Floats::load(scores + k + kScqLanes);
+    const Lanes a = Lanes::load(offsets + k) - Lanes::load(scores + k);
+    const Lanes b = Lanes::load(offsets + k + kScqLanes) - Lanes::load(scores + k + kScqLanes);
     a.store(scores + k);
     b.store(scores + k + kScqLanes);
-    even = Floats::min(even, a);
-    odd = Floats::min(odd, b);
+    even = lesser(even, a);
+    odd = lesser(odd, b);
   }
   if (k < book.padded) {
-    const Floats a = Floats::load(offsets + k) - Floats::load(scores + k);
+    const Lanes a = Lanes::load(offsets + k) - Lanes::load(scores + k);
     a.store(scores + k);
-    even = Floats::min(even, a);
+    even = lesser(even, a);
   }
   float minima[2 * kScqLanes];
   even.store(minima);
@@ -192,7 +192,7 @@ Lowest rank_values(const ScqCodebook &book, const float *offsets, float *scores)
   // The smallest minimum that at least kKeepRank of them do not exceed, and the least of all.
   Lowest out{kFloatInfinity, kFloatInfinity};
   for (const float value : minima) {
-    const Floats bound = Floats::all(value);
+    const Lanes bound = Lanes::all(value);
     const int rank = __builtin_popcount(even.at_most(bound) | (odd.at_most(bound) << 16));
     out.keep = rank >= kKeepRank && value < out.keep ? value : out.keep;
     out.best = value < out.best ? value : out.best;
@@ -203,10 +203,10 @@ Lowest rank_values(const ScqCodebook &book, const float *offsets, float *scores)
 // Codes with values <= limit, in order, at most `most` of them; how many there are in `out`.
 std::int32_t codes_under(const ScqCodebook &book, const float *values, float limit,
                          std::int32_t most, std::int32_t *out) {
-  const Floats bound = Floats::all(limit);
+  const Lanes bound = Lanes::all(limit);
   std::int32_t count = 0;
   for (std::int32_t k = 0; k < book.padded; k += kScqLanes) {
-    std::uint32_t hits = Floats::load(values + k).at_most(bound);
+    std::uint32_t hits = Lanes::load(values + k).at_most(bound);
     while (hits != 0) {
       const auto lane = static_cast<std::int32_t>(__builtin_ctz(hits));
       hits &= hits - 1;
@@ -478,15 +478,15 @@ std::int32_t lowest_candidate(const ScqCodebook &book, const Latent &s) {
   constexpr int kVectors = kScqCandidates / kScqLanes;
   float direction[VQ_SCQ_MAX_FEATURES];
   unit_residual(book, s, direction);
-  Floats sums[kVectors];
+  Lanes sums[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    sums[v] = Floats::load(s.penalty + v * kScqLanes);
+    sums[v] = Lanes::load(s.penalty + v * kScqLanes);
   }
   for (std::int32_t f = 0; f < book.given->num_features; ++f) {
-    const Floats value = Floats::all(direction[f]);
+    const Lanes value = Lanes::all(direction[f]);
     const float *row = s.table + std::int64_t{f} * kScqCandidates;
     for (int v = 0; v < kVectors; ++v) {
-      sums[v] = sums[v] - value * Floats::load(row + v * kScqLanes);
+      sums[v] = sums[v] - value * Lanes::load(row + v * kScqLanes);
     }
   }
   float values[kScqCandidates];
@@ -497,9 +497,9 @@ std::int32_t lowest_candidate(const ScqCodebook &book, const Latent &s) {
     const double bonus = book.bonus / s.length;
     values[s.nearest_candidate] -= static_cast<float>(bonus < 1e30 ? bonus : 1e30);
   }
-  Floats lowest = Floats::load(values);
+  Lanes lowest = Lanes::load(values);
   for (int v = 1; v < kVectors; ++v) {
-    lowest = Floats::min(lowest, Floats::load(values + v * kScqLanes));
+    lowest = lesser(lowest, Lanes::load(values + v * kScqLanes));
   }
   float lanes[kScqLanes];
   lowest.store(lanes);
@@ -510,10 +510,10 @@ std::int32_t lowest_candidate(const ScqCodebook &book, const Latent &s) {
   if (!(least < kFloatInfinity)) {
     return -1;
   }
-  const Floats bound = Floats::all(least);
+  const Lanes bound = Lanes::all(least);
   int v = 0;
   std::uint32_t hits = 0;
-  while ((hits = Floats::load(values + v * kScqLanes).at_most(bound)) == 0) {
+  while ((hits = Lanes::load(values + v * kScqLanes).at_most(bound)) == 0) {
     ++v;
   }
   return s.candidates[v * kScqLanes + __builtin_ctz(hits)];

@@ -6,26 +6,10 @@
 #include <new>
 #include <vector>
 
-#include "trellis_kernels.hpp"
+#include "dispatch.hpp"
 #include "vqsweep.h"
 
 namespace {
-
-// The encoders of the current tier.
-const vq::SweepOps &sweep_ops() {
-  [[maybe_unused]] const std::int32_t isa = vq_get_isa();
-#if defined(VQ_HAVE_AVX512_VNNI)
-  if (isa >= VQ_ISA_AVX512_VNNI) {
-    return vq::sweep_ops_avx512_vnni;
-  }
-#endif
-#if defined(VQ_HAVE_AVX2)
-  if (isa >= VQ_ISA_AVX2) {
-    return vq::sweep_ops_avx2;
-  }
-#endif
-  return vq::sweep_ops_baseline;
-}
 
 bool in_range(std::int64_t value, std::int64_t low, std::int64_t high) {
   return value >= low && value <= high;
@@ -89,7 +73,7 @@ void feed_back(const vq_sweep &sweep, std::int32_t column, const float *values) 
     errors[r] = (current[r] - values[r]) / divisor;
   }
   for (std::int32_t later = column + 1; factor != nullptr && later < sweep.num_columns; ++later) {
-    sweep_ops().subtract(factor[later], errors, sweep.columns + later * rows, sweep.num_rows);
+    vq::sweep_ops().subtract(factor[later], errors, sweep.columns + later * rows, sweep.num_rows);
   }
 }
 
@@ -152,7 +136,7 @@ class TrellisEncoder {
     job_.targets = targets;
     job_.scales = scales;
     job_.start = static_cast<std::uint16_t>(reversed(start, trellis_.state_bits));
-    sweep_ops().viterbi(job_);
+    vq::sweep_ops().viterbi(job_);
     for (std::int32_t row = 0; row < job_.num_rows; ++row) {
       states[row] = static_cast<std::uint16_t>(reversed(path_[row], trellis_.state_bits));
     }
@@ -162,7 +146,7 @@ class TrellisEncoder {
   void encode(const float *targets, const float *scales, float *values, std::uint8_t *codes) {
     job_.targets = targets;
     job_.scales = scales;
-    sweep_ops().viterbi(job_);
+    vq::sweep_ops().viterbi(job_);
     for (std::int32_t row = 0; row < job_.num_rows; ++row) {
       values[row] = scales[row] * levels_[path_[row]];
     }
@@ -211,7 +195,7 @@ void sweep_grid(const vq_sweep &sweep, const std::uint8_t *zeros, std::int32_t m
   for (std::int32_t column = 0; column < sweep.num_columns; ++column) {
     const std::int64_t start = std::int64_t{column} * sweep.num_rows;
     const std::int64_t group = std::int64_t{sweep.groups[column]} * sweep.num_rows;
-    sweep_ops().round_to_grid({sweep.columns + start, scales.of(column), zeros + group,
+    vq::sweep_ops().round_to_grid({sweep.columns + start, scales.of(column), zeros + group,
                                    values.data(), codes + start, sweep.num_rows,
                                    static_cast<float>(max_code)});
     feed_back(sweep, column, values.data());

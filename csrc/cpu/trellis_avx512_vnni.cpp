@@ -1,28 +1,9 @@
 // AVX-512 tier of the weight encoders: 16 states are one register, comparisons give their mask.
 // Compiled with the flags of CMakeLists.txt; only reached after the run-time check in dispatch.cpp.
-#include <immintrin.h>
-
-#include <cstdint>
+#include "lanes_avx512.hpp"
 
 namespace vq {
 namespace {
-
-struct Lanes {
-  __m512 value;
-
-  static Lanes all(float x) { return {_mm512_set1_ps(x)}; }
-  static Lanes load(const float *p) { return {_mm512_loadu_ps(p)}; }
-  void store(float *p) const { _mm512_storeu_ps(p, value); }
-  std::uint32_t below(Lanes limit) const {
-    return _mm512_cmp_ps_mask(value, limit.value, _CMP_LT_OQ);
-  }
-  friend Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.value, b.value)}; }
-  friend Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.value, b.value)}; }
-  friend Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.value, b.value)}; }
-  friend Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.value, b.value)}; }
-  // a where a < b, else b: NaN in a never wins.
-  friend Lanes lesser(Lanes a, Lanes b) { return {_mm512_min_ps(a.value, b.value)}; }
-};
 
 // Lanes (16 j + i) >> kBits of 16 for i = 0..15.
 template <int kBits>

@@ -1,5 +1,5 @@
 // The encoders of one tier, written once over `Lanes` (16 floats), which the including source file
-// defines before. Everything has internal linkage, so no tier can leak into another. No FMA: each
+// includes before. Everything has internal linkage, so no tier can leak into another. No FMA: each
 // operation rounds on its own, so all tiers agree bit for bit.
 //
 // Viterbi: after row r, the cost of a state is the least cost of its 2^bits predecessors plus
