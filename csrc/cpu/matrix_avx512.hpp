@@ -193,12 +193,133 @@ void multiply_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
   }
 }
 
+// ---- a few rows: every code is decoded once for up to eight of them ----
+
+constexpr std::int32_t kRowsAtOnce = 8;       // more would spill accumulators
+constexpr std::int32_t kBatchBytes = 24576;   // activations that stay in the first-level cache
+constexpr std::int32_t kSharedRows = 16;      // from here a slow decoder pays for a tile
+
+// Columns [begin, end) of a panel, whose codes lie at `codes`.
+struct PanelSlice {
+  const std::uint8_t *codes;
+  std::int32_t panel;
+  std::int32_t begin;
+  std::int32_t end;
+};
+
+// Sums of one segment for kRows rows of activations.
+template <class Decoder, int kRows>
+inline void dot_rows(const Decoder &decoder, const std::uint8_t *p, std::int32_t num_blocks,
+                     const std::int8_t *q, std::int64_t stride, __m512i *sums) {
+  __m512i set0[kRows], set1[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    set0[i] = set1[i] = _mm512_setzero_si512();
+  }
+  for (std::int32_t block = 0; block < num_blocks; block += Decoder::kBlocks) {
+    __m512i w[2 * Decoder::kBlocks];
+    prefetch(p);
+    decoder.step(p, w);
+    for (int j = 0; j < Decoder::kBlocks; ++j) {
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i x = broadcast8(q + i * stride + j * kBlock);
+        set0[i] = dot4(set0[i], w[2 * j], x);
+        set1[i] = dot4(set1[i], w[2 * j + 1], x);
+      }
+    }
+    p += decoder.bytes();
+    q += Decoder::kBlocks * kBlock;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    sums[i] = add_halves(set0[i], set1[i]);
+  }
+}
+
+// Rows [row, row + kRows) of the batch; formats with one pair per panel. A slice that does not begin
+// with column 0 goes on with the sums in y.
+template <class Decoder, int kRows>
+void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PanelSlice &slice,
+                    std::int32_t row) {
+  const MatrixPart &part = *job.part;
+  const std::int64_t stride = padded_columns(part.in_features);
+  const std::int64_t groups = activation_groups(part.in_features);
+  const std::int64_t prefixes = prefix_length(part.in_features);
+  const std::int8_t *q = job.x.q + row * stride;
+  const float *x_scales = job.x.scales + row * groups;
+  const std::int32_t *prefix = job.x.prefix + row * prefixes;
+  const __mmask16 valid = valid_lanes(part, slice.panel);
+  float *y = job.y + row * job.y_stride + part.row_begin + slice.panel * kPairRows;
+  __m512 out[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    out[i] = slice.begin == 0 ? _mm512_setzero_ps()
+                              : _mm512_maskz_loadu_ps(valid, y + i * job.y_stride);
+  }
+  const std::int64_t at = std::int64_t{slice.panel} * part.num_groups * kPairRows;
+  const std::uint8_t *codes = slice.codes;
+  for (std::int32_t column = slice.begin; column < slice.end; column += part.segment) {
+    const std::int32_t count = std::min(part.segment, slice.end - column);
+    __m512i dots[kRows];
+    dot_rows<Decoder, kRows>(decoder, codes, count / kBlock, q + column, stride, dots);
+    codes += count / kBlock / Decoder::kBlocks * decoder.bytes();
+    const std::int64_t group =
+        at + column / part.segment / part.segments_per_group * kPairRows;
+    const __m512 scale = load_halves(part.scales + group);
+    const __m512i zero = part.zeros != nullptr ? load_zeros(part.zeros + group)
+                                               : _mm512_set1_epi32(part.stages[0].zero);
+    const std::int32_t *before = prefix + column / kPrefixStep;
+    const std::int32_t *after = prefix + (column + count) / kPrefixStep;
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i sum = _mm512_set1_epi32(after[i * prefixes] - before[i * prefixes]);
+      out[i] = add_scaled(out[i], _mm512_sub_epi32(dots[i], _mm512_mullo_epi32(zero, sum)), scale,
+                          x_scales[i * groups + column / kActivationGroup]);
+    }
+  }
+  const bool adds = slice.end == part.columns && job.x.offsets != nullptr;
+  for (int i = 0; i < kRows; ++i) {
+    if (adds) {
+      out[i] = _mm512_add_ps(out[i], _mm512_set1_ps(job.x.offsets[row + i]));
+    }
+    _mm512_mask_storeu_ps(y + i * job.y_stride, valid, out[i]);
+  }
+}
+
+// Rows [begin, end) in equal blocks of at most kRowsAtOnce.
+template <class Decoder>
+void multiply_rows(const MatrixJob &job, const Decoder &decoder, const PanelSlice &slice,
+                   std::int32_t begin, std::int32_t end) {
+  using Multiply = void (*)(const MatrixJob &, const Decoder &, const PanelSlice &, std::int32_t);
+  static constexpr Multiply kMultiply[kRowsAtOnce] = {
+      multiply_slice<Decoder, 1>, multiply_slice<Decoder, 2>, multiply_slice<Decoder, 3>,
+      multiply_slice<Decoder, 4>, multiply_slice<Decoder, 5>, multiply_slice<Decoder, 6>,
+      multiply_slice<Decoder, 7>, multiply_slice<Decoder, 8>};
+  const std::int32_t blocks = (end - begin + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (std::int32_t i = 0, row = begin; i < blocks; ++i) {
+    const std::int32_t count = (end - row) / (blocks - i);
+    kMultiply[count - 1](job, decoder, slice, row);
+    row += count;
+  }
+}
+
+// Decodes in registers for every block of rows: for decoders that are cheap beside the products.
+template <class Decoder>
+void multiply_batch(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  const MatrixPart &part = *job.part;
+  const MatrixStage &stage = part.stages[0];
+  const Decoder decoder(stage);
+  const std::int32_t fitting = kBatchBytes / padded_columns(part.in_features);
+  const std::int32_t chunk = std::max(fitting / kRowsAtOnce, 1) * kRowsAtOnce;
+  for (std::int32_t row = 0; row < job.x.batch; row += chunk) {
+    for (std::int32_t panel = begin; panel < end; ++panel) {
+      const PanelSlice slice{stage.codes + panel * stage.panel_bytes, panel, 0, part.columns};
+      multiply_rows(job, decoder, slice, row, std::min(row + chunk, job.x.batch));
+    }
+  }
+}
+
 // ---- many rows: tiles ----
 
 template <class Decoder>
-void decode_pair(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t count,
+void decode_pair(const Decoder &decoder, const std::uint8_t *codes, std::int32_t count,
                  std::uint8_t *tile) {
-  const Decoder decoder(stage);
   for (std::int32_t block = 0; block < count / kBlock; block += Decoder::kBlocks) {
     __m512i w[2 * Decoder::kBlocks];
     prefetch(codes);
@@ -211,21 +332,41 @@ void decode_pair(const MatrixStage &stage, const std::uint8_t *codes, std::int32
   }
 }
 
+// Decodes into a tile that all rows share.
+template <class Decoder>
+void multiply_tiles(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  const MatrixPart &part = *job.part;
+  const MatrixStage &stage = part.stages[0];
+  const Decoder decoder(stage);
+  const Grid8 decoded(stage);
+  alignas(64) std::uint8_t tile[kTileColumns * kPairRows];
+  for (std::int32_t panel = begin; panel < end; ++panel) {
+    const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
+    for (std::int32_t column = 0; column < part.columns; column += kTileColumns) {
+      const std::int32_t stop = std::min(column + kTileColumns, part.columns);
+      const std::int32_t blocks = (stop - column) / kBlock;
+      decode_pair(decoder, codes, stop - column, tile);
+      codes += blocks / Decoder::kBlocks * decoder.bytes();
+      multiply_rows(job, decoded, PanelSlice{tile, panel, column, stop}, 0, job.x.batch);
+    }
+  }
+}
+
 inline bool decode_grid(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
                         std::int32_t count, std::uint8_t *tile) {
   const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
   switch (stage.decode) {
     case Decode::kGrid2:
-      decode_pair<Grid2>(stage, codes + column * 4, count, tile);
+      decode_pair(Grid2(stage), codes + column * 4, count, tile);
       return true;
     case Decode::kGrid3:
-      decode_pair<Grid3>(stage, codes + column * 6, count, tile);
+      decode_pair(Grid3(stage), codes + column * 6, count, tile);
       return true;
     case Decode::kGrid4:
-      decode_pair<Grid4>(stage, codes + column * 8, count, tile);
+      decode_pair(Grid4(stage), codes + column * 8, count, tile);
       return true;
     case Decode::kGrid8:
-      decode_pair<Grid8>(stage, codes + column * 16, count, tile);
+      decode_pair(Grid8(stage), codes + column * 16, count, tile);
       return true;
     default:
       return false;
@@ -305,19 +446,29 @@ struct Avx512Segments {
   }
 };
 
-inline bool multiply_grid_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+// One row or many.
+template <class Decoder>
+void multiply_any(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  if (job.x.batch == 1) {
+    multiply_row<Decoder>(job, begin, end);
+  } else {
+    multiply_batch<Decoder>(job, begin, end);
+  }
+}
+
+inline bool multiply_grid(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
   switch (job.part->stages[0].decode) {
     case Decode::kGrid2:
-      multiply_row<Grid2>(job, begin, end);
+      multiply_any<Grid2>(job, begin, end);
       return true;
     case Decode::kGrid3:
-      multiply_row<Grid3>(job, begin, end);
+      multiply_any<Grid3>(job, begin, end);
       return true;
     case Decode::kGrid4:
-      multiply_row<Grid4>(job, begin, end);
+      multiply_any<Grid4>(job, begin, end);
       return true;
     case Decode::kGrid8:
-      multiply_row<Grid8>(job, begin, end);
+      multiply_any<Grid8>(job, begin, end);
       return true;
     default:
       return false;

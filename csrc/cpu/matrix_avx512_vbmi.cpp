@@ -374,9 +374,9 @@ struct Vbmi : Avx512Segments {
     if (stage.decode == Decode::kTcq) {
       codes += std::int64_t{column} * 2 * stage.tcq->bits;
       if (stage.tcq->frames == 1) {
-        decode_pair<Tcq<1>>(stage, codes, count, tile);
+        decode_pair(Tcq<1>(stage), codes, count, tile);
       } else {
-        decode_pair<Tcq<2>>(stage, codes, count, tile);
+        decode_pair(Tcq<2>(stage), codes, count, tile);
       }
     } else {
       const std::int64_t bytes = stage.decode == Decode::kVqSmall ? 8 : 16;
@@ -416,18 +416,21 @@ void multiply_vq_row(const MatrixJob &job, std::int32_t begin, std::int32_t end)
   }
 }
 
+template <int kFrames>
+void multiply_tcq(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  if (job.x.batch < kSharedRows) {
+    multiply_any<Tcq<kFrames>>(job, begin, end);
+  } else {
+    multiply_tiles<Tcq<kFrames>>(job, begin, end);
+  }
+}
+
 void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
-  if (job.x.batch > 1) {
-    TileLoops<Vbmi>::panels(job, begin, end);
-  } else if (!multiply_grid_row(job, begin, end)) {
-    const MatrixStage &stage = job.part->stages[0];
-    if (stage.decode != Decode::kTcq) {
-      multiply_vq_row(job, begin, end);
-    } else if (stage.tcq->frames == 1) {
-      multiply_row<Tcq<1>>(job, begin, end);
-    } else {
-      multiply_row<Tcq<2>>(job, begin, end);
-    }
+  const MatrixStage &stage = job.part->stages[0];
+  if (stage.decode == Decode::kTcq) {
+    (stage.tcq->frames == 1 ? multiply_tcq<1> : multiply_tcq<2>)(job, begin, end);
+  } else if (!multiply_grid(job, begin, end)) {
+    (job.x.batch == 1 ? multiply_vq_row : TileLoops<Vbmi>::panels)(job, begin, end);
   }
 }
 

@@ -16,7 +16,7 @@ struct Vnni : Avx512Segments {
 };
 
 void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
-  if (job.x.batch > 1 || !multiply_grid_row(job, begin, end)) {
+  if (!multiply_grid(job, begin, end)) {
     TileLoops<Vnni>::panels(job, begin, end);
   }
 }
