@@ -1,4 +1,4 @@
-// What the ISA tiers of the decode step share: declarations only, see q4_kernels.hpp for why.
+// What the ISA tiers of the decode step share: declarations only, see matrix_kernels.hpp for why.
 //
 // Cached keys and values lie in blocks of 16 positions of one head, so that one vector holds one
 // number of 16 positions (keys) or 16 numbers of one position (values):
@@ -48,6 +48,7 @@ struct AttendJob {
   std::int32_t length[kMaxQueries];
   float *scratch;                  // [kMaxQueries][scratch_stride]
   std::int64_t scratch_stride;     // at least the longest length, rounded up to kKvBlock
+  const AttendJob *next;           // what this thread does next, or nullptr: only to fetch its keys
 };
 
 // Every row's result depends on that row alone, and all tiers give the same bits: no FMA, and sums

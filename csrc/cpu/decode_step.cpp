@@ -438,12 +438,14 @@ struct vq_decoder::Part {
   }
 
   // Queries of one key-value head in a span, in order of rows, go in jobs that share what they
-  // load. Few of them are cut into equal runs; many are dealt out in turn, because later ones cost
-  // more.
+  // load. Those of one row are cut into equal runs; else jobs are dealt out in turn, because
+  // sequences differ in length and later rows cost more.
   void attend(std::int32_t layer) {
     const std::int32_t group = config.num_heads / config.num_kv_heads;
     const std::int64_t total = std::int64_t{num_rows} * config.num_heads;
-    const bool deals = total >= 16 * vq::kMaxQueries * count;
+    const bool deals = num_rows > 1;
+    vq::AttendJob jobs[2];  // the current one and the one before, which waits to know it
+    std::int32_t planned = 0;
     const std::int64_t begin = deals ? 0 : split(total, index);
     const std::int64_t end = deals ? total : split(total, index + 1);
     std::int64_t offset = 0;  // of the head's first query among all
@@ -456,14 +458,24 @@ struct vq_decoder::Part {
             static_cast<std::int32_t>(std::min<std::int64_t>(end - offset, queries));
         for (std::int32_t at = first; at < last; at += vq::kMaxQueries, ++turn) {
           if (deals && turn % count != index) continue;
-          attend_job(layer, span, kv_head, at, std::min(at + vq::kMaxQueries, last));
+          vq::AttendJob &job = jobs[planned % 2];
+          job = plan_job(layer, span, kv_head, at, std::min(at + vq::kMaxQueries, last));
+          if (planned++ > 0) attend_before(jobs[planned % 2], job);
         }
       }
     }
+    if (planned > 0) ops.attend(jobs[(planned - 1) % 2]);
   }
 
-  void attend_job(std::int32_t layer, const vq::Span &span, std::int32_t kv_head,
-                  std::int32_t first, std::int32_t last) {
+  // Jobs of the same keys find them in the cache.
+  void attend_before(vq::AttendJob &job, const vq::AttendJob &next) {
+    const bool shares_keys = job.cache == next.cache && job.pages == next.pages;
+    job.next = shares_keys ? nullptr : &next;
+    ops.attend(job);
+  }
+
+  vq::AttendJob plan_job(std::int32_t layer, const vq::Span &span, std::int32_t kv_head,
+                         std::int32_t first, std::int32_t last) const {
     const std::int32_t group = config.num_heads / config.num_kv_heads;
     vq::AttendJob job{};
     job.layout = &decoder.kv_;
@@ -482,7 +494,7 @@ struct vq_decoder::Part {
       const std::int32_t window = decoder.layers_[static_cast<std::size_t>(layer)].sliding_window;
       job.first[i] = window == 0 ? 0 : std::max(0, job.length[i] - window);
     }
-    ops.attend(job);
+    return job;
   }
 };
 

@@ -87,10 +87,10 @@ const float *parameters(const std::uint8_t *block, std::int64_t offset) {
 }
 
 // Scores of one block for N queries: each loaded number is used N times, and each query's sums have
-// the same order whatever N is.
+// the same order whatever N is. Meanwhile the block `ahead` is fetched.
 template <KvFormat format, int N>
 void scores_of_block_for(const AttendJob &job, const std::uint8_t *block, const float *query_sums,
-                         std::int64_t at) {
+                         std::int64_t at, const std::uint8_t *ahead) {
   const KvLayout &layout = *job.layout;
   Floats even[N], odd[N];
   for (int i = 0; i < N; ++i) even[i] = odd[i] = Floats::all(0.0f);
@@ -98,6 +98,7 @@ void scores_of_block_for(const AttendJob &job, const std::uint8_t *block, const 
   const std::int32_t whole = layout.head_dim & ~1;
   for (std::int32_t d = 0; d < whole; d += 2, pair += Codes<format>::kPairBytes) {
     Floats a, b;
+    __builtin_prefetch(ahead + (pair - block));
     Codes<format>::load(pair, a, b);
     for (int i = 0; i < N; ++i) {
       even[i] = even[i] + Floats::all(job.queries[i][d]) * a;
@@ -167,6 +168,27 @@ struct BlockCursor {
   }
 };
 
+// The keys that a job after this one begins with.
+class NextKeys {
+ public:
+  explicit NextKeys(const AttendJob &job) : cursor_(job.next != nullptr ? *job.next : job) {
+    if (job.next == nullptr) return;
+    const std::int32_t queries = job.next->num_queries;
+    begin_ = *std::min_element(job.next->first, job.next->first + queries) / kKvBlock;
+    end_ = (*std::max_element(job.next->length, job.next->length + queries) + kKvBlock - 1) /
+           kKvBlock;
+  }
+  // Number `i` of them, or `otherwise` if there are fewer.
+  const std::uint8_t *block(std::int32_t i, const std::uint8_t *otherwise) const {
+    return begin_ + i < end_ ? cursor_.keys(begin_ + i) : otherwise;
+  }
+
+ private:
+  BlockCursor cursor_;
+  std::int32_t begin_ = 0;
+  std::int32_t end_ = 0;
+};
+
 // Cached blocks lie far apart and are in no cache when a token comes. One load per line of many
 // blocks in a row keeps as many lines under way as the memory can serve; the arithmetic that
 // follows would wait for a few at a time, and prefetch instructions do not change that (Zen 5: 12
@@ -192,9 +214,11 @@ void touch_values(const BlockCursor &cursor, std::int32_t begin, std::int32_t en
 }
 
 // Outputs of dimensions 32 * t to 32 * t + 31 of N queries: sums over positions in order.
+// Meanwhile the next job's keys are fetched.
 template <KvFormat format, int N>
 void weigh_values(const AttendJob &job, const BlockCursor &cursor, std::int32_t t,
                   std::int32_t begin, std::int32_t end, float (*out)[32]) {
+  const NextKeys next(job);
   const KvLayout &layout = *job.layout;
   const std::int64_t row_bytes = std::int64_t{layout.value_pairs} * Codes<format>::kPairBytes;
   Floats low[N], high[N];
@@ -206,8 +230,10 @@ void weigh_values(const AttendJob &job, const BlockCursor &cursor, std::int32_t 
     const std::uint8_t *values = cursor.values(block);
     const float *scale = parameters(values, layout.value_parameters);
     const std::uint8_t *pair = values + t * Codes<format>::kPairBytes;
+    const std::uint8_t *ahead = next.block(block - begin, values);
     for (int slot = 0; slot < kKvBlock; ++slot, pair += row_bytes) {
       Floats a, b;
+      __builtin_prefetch(ahead + (pair - values));
       Codes<format>::load(pair, a, b);
       if (format == KvFormat::kInt8) {
         a = a * Floats::all(scale[slot]);
@@ -251,7 +277,7 @@ void attend_queries(const AttendJob &job) {
       touch_keys(cursor, block, std::min(block + kBlocksAtOnce, end));
     }
     scores_of_block_for<format, N>(job, cursor.keys(block), query_sums,
-                                   std::int64_t{block} * kKvBlock);
+                                   std::int64_t{block} * kKvBlock, cursor.values(block));
   }
   float inverse[N];
   for (int i = 0; i < N; ++i) {
