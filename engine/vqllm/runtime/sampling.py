@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 _MAX_TOKENS = 2**31 - 1
+_BLOCK = 256  # probabilities that are summed as one before a draw
 _COLDEST = 1e-6  # colder ones are greedy as well, but zero in float32
 
 Logits = NDArray[np.float32]
@@ -126,9 +127,7 @@ class Sampler:
         if params.is_greedy:
             return int(np.argmax(logits))
         token_ids, probabilities = _distribution(logits, params)
-        threshold = self._random.random() * float(probabilities.sum())
-        position = int(np.searchsorted(np.cumsum(probabilities), threshold, side="right"))
-        return int(token_ids[min(position, len(token_ids) - 1)])
+        return int(token_ids[_draw(probabilities, self._random.random())])
 
     def logprobs(self, logits: Logits, token_id: int) -> TokenLogprobs | None:
         """Log-probabilities to report for this step, or None when they were not asked for."""
@@ -141,6 +140,23 @@ class Sampler:
             logprob=float(log_probabilities[token_id]),
             top=tuple((int(i), float(log_probabilities[i])) for i in top),
         )
+
+
+def _draw(probabilities: NDArray[np.float64], fraction: float) -> int:
+    """The index at which the running sum exceeds `fraction` (in [0, 1)) of the whole.
+
+    Sums of blocks come first, then the running sum within one: a running sum over a whole
+    vocabulary would take most of the time of a draw.
+    """
+    begins = np.arange(0, len(probabilities), _BLOCK)
+    ends = np.cumsum(np.add.reduceat(probabilities, begins))
+    threshold = min(fraction * float(ends[-1]), math.nextafter(float(ends[-1]), 0.0))
+    block = int(np.searchsorted(ends, threshold, side="right"))
+    running = np.cumsum(probabilities[block * _BLOCK : (block + 1) * _BLOCK])
+    before = float(ends[block - 1]) if block else 0.0
+    # The two sums round differently; below its end, the running sum is exceeded somewhere.
+    rest = min(threshold - before, math.nextafter(float(running[-1]), 0.0))
+    return block * _BLOCK + int(np.searchsorted(running, rest, side="right"))
 
 
 def _biased(logits: Logits, logit_bias: tuple[tuple[int, float], ...]) -> Logits:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vqllm.errors import InvalidSampling
-from vqllm.runtime.sampling import Sampler, SamplingParams, _distribution
+from vqllm.runtime.sampling import Sampler, SamplingParams, _distribution, _draw
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
 
@@ -127,3 +127,16 @@ def test_logprobs_are_of_the_model_s_own_distribution() -> None:
     assert found.logprob == pytest.approx(np.log(0.15), abs=1e-5)
     assert [token for token, _ in found.top] == [0, 1]
     assert Sampler(SamplingParams()).logprobs(LOGITS, 2) is None
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
+def test_a_draw_inverts_the_running_sum(size: int) -> None:
+    random = np.random.default_rng(size)
+    probabilities = random.random(size) * (random.random(size) < 0.3)
+    probabilities[size // 2] = 1.0
+    running = np.cumsum(probabilities)
+    for fraction in (0.0, 0.25, 0.5, 0.999, float(np.nextafter(1.0, 0.0))):
+        index = _draw(probabilities, fraction)
+        assert probabilities[index] > 0
+        assert running[index] >= fraction * running[-1] * (1 - 1e-12)
+        assert running[index] - probabilities[index] <= fraction * running[-1] * (1 + 1e-12)
