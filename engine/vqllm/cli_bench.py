@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 STANDARD_OUTPUT = "-"
+_PIPE_COLUMNS = 180
 
 
 def bench(
@@ -21,7 +22,9 @@ def bench(
     engines: Annotated[
         str, typer.Option(help="Which, by commas: native, onnx, llama.cpp.")
     ] = "native,onnx",
-    gguf: Annotated[Path | None, typer.Option(help="The file that llama.cpp runs.")] = None,
+    gguf: Annotated[
+        list[Path] | None, typer.Option(help="A file that llama.cpp runs; may be repeated.")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens per prompt.", min=1)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens per answer.", min=5)] = 64,
     batch: Annotated[int, typer.Option(help="Sequences at the same time.", min=1)] = 1,
@@ -39,7 +42,7 @@ def bench(
     messages = Console(stderr=True)
     config = BenchConfig(threads, prompt, tokens, batch, rounds, temperature)
     folders = [_folder(model, cache) for model in models]
-    contenders = make_contenders(folders, engines.split(","), config, gguf, messages.print)
+    contenders = make_contenders(folders, engines.split(","), config, gguf or (), messages.print)
     rows = [row.to_dict() for row in run_bench(contenders, config, messages.print)]
     text = json.dumps(rows, indent=2)
     if json_file == STANDARD_OUTPUT:
@@ -47,7 +50,9 @@ def bench(
         return
     if json_file is not None:
         Path(json_file).write_text(text + "\n", encoding="utf-8")
-    Console().print(_table(rows))
+    console = Console()
+    # A file or a pipe has no width of its own, and the table needs more than the usual 80 columns.
+    (console if console.is_terminal else Console(width=_PIPE_COLUMNS)).print(_table(rows))
 
 
 def _folder(model: str, cache: Path | None) -> Path:
@@ -72,7 +77,8 @@ def _table(rows: list[dict[str, object]]) -> Table:
         "p90_ms": "p90 ms",
         "cold_ms": "cold ms",
         "ceiling_gb_s": "memory GB/s",
-        "ceiling_fraction": "of ceiling",
+        "ceiling_fraction": "of it, cold",
+        "hot_fraction": "hot",
         "load_s": "load s",
     }
     table = Table(*columns.values())

@@ -34,6 +34,8 @@ from vqllm.runtime.tokenizer import ChatTokenizer
 
 ENGINES = ("native", "onnx", "llama.cpp")
 READ_BYTES = 256 << 20  # beyond any cache
+_READ_PIECES = 8  # timed one by one: a piece takes about as long as a step
+_CEILING_QUANTILE = 0.9
 MIN_ROUNDS = 5
 _NUM_COLD_STEPS = 3
 
@@ -82,9 +84,13 @@ class BenchRow:
         decode_tok_s: batch size over the median step.
         prefill_tok_s: prompt length over the median prefill.
         cold_ms: median step after 256 MiB of other memory were read.
-        bytes_per_token: weights and cached keys and values that a step reads.
-        ceiling_gb_s: speed of reading memory in this run, median.
-        ceiling_fraction: bytes of a step over its median time, relative to that.
+        bytes_per_token: weights and cached keys and values that a step reads, of all sequences.
+        ceiling_gb_s: speed of reading memory in this run, its 90th percentile: the ceiling is what
+            the memory can do, not what it did while others loaded it.
+        ceiling_fraction: bytes of a step over the median cold step, relative to that; nothing is
+            in a cache then, so this is what the engine gets out of the memory.
+        hot_fraction: the same with the median step; above 1 where a cache kept a part of the bytes
+            from the step before.
         phase_us: microseconds per step by operation class, where the engine measures them.
         load_s: seconds from the folder to an engine that can step.
     """
@@ -103,6 +109,7 @@ class BenchRow:
     bytes_per_token: int | None
     ceiling_gb_s: float
     ceiling_fraction: float | None
+    hot_fraction: float | None
     phase_us: dict[str, float] | None
     load_s: float
     rounds: int
@@ -208,7 +215,7 @@ class EngineContender(Contender):
 
 
 class LlamaCppContender(Contender):
-    """llama.cpp through its Python binding; one sequence, sampled greedily."""
+    """llama.cpp through its Python binding; one sequence, its own sampler."""
 
     engine = "llama.cpp"
 
@@ -232,24 +239,53 @@ class LlamaCppContender(Contender):
         )
         self.load_seconds = time.perf_counter() - start
         self.model = gguf.stem
+        self.bits, self._weight_bytes = _gguf_sizes(gguf)
+        metadata = self._llama.metadata
+        self._token_bytes = _half_cache_bytes(metadata)
+        mean_length = config.prompt_length + config.num_tokens // 2
+        self.bytes_per_token = self._weight_bytes + mean_length * self._token_bytes
         self.vocab_size = self._llama.n_vocab()
+        # No filters, as in our own turns.
+        self._sampling = {"temp": config.temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         self._token = 0
 
     def start(self, prompts: Sequence[list[int]], num_tokens: int) -> float:
         self._llama.reset()
         begin = time.perf_counter()
         self._llama.eval(prompts[0])
-        self._token = self._llama.sample(temp=0.0)
+        self._token = self._llama.sample(**self._sampling)
         return time.perf_counter() - begin
 
     def step(self) -> float:
         begin = time.perf_counter()
         self._llama.eval([self._token])
-        self._token = self._llama.sample(temp=0.0)
+        self._token = self._llama.sample(**self._sampling)
         return time.perf_counter() - begin
 
     def stop(self) -> None:
         self._llama.reset()
+
+
+def _gguf_sizes(path: Path) -> tuple[float, int]:
+    """Bits per weight of the blocks' matrices, and bytes that one token reads."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    names = {tensor.name for tensor in tensors}
+    matrices = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    bits = 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)
+    # A head of its own leaves one row of the embedding to read, which is nothing.
+    unread = {"token_embd.weight"} if "output.weight" in names else set()
+    return bits, sum(int(t.n_bytes) for t in tensors if t.name not in unread)
+
+
+def _half_cache_bytes(metadata: dict[str, str]) -> int:
+    """Cached keys and values of one position as halves, all layers."""
+    prefix = metadata["general.architecture"]
+    heads = int(metadata[f"{prefix}.attention.head_count"])
+    kv_heads = int(metadata.get(f"{prefix}.attention.head_count_kv", heads))
+    width = int(metadata[f"{prefix}.embedding_length"]) // heads
+    return 2 * 2 * int(metadata[f"{prefix}.block_count"]) * kv_heads * width
 
 
 class Memory:
@@ -266,10 +302,16 @@ class Memory:
         self.gb_s: list[float] = []
 
     def measure(self) -> None:
-        """Read the block once and note the speed; the caches hold nothing else afterwards."""
-        begin = time.perf_counter()
-        read_all(self._block, self._pool)
-        self.gb_s.append(1e-9 * READ_BYTES / (time.perf_counter() - begin))
+        """Read the block once, noting speeds; the caches hold nothing else afterwards."""
+        for piece in np.split(self._block, _READ_PIECES):
+            begin = time.perf_counter()
+            read_all(piece, self._pool)
+            self.gb_s.append(1e-9 * piece.size / (time.perf_counter() - begin))
+
+    @property
+    def ceiling(self) -> float:
+        """GB/s that the memory can do: the 90th percentile of what was measured."""
+        return float(np.quantile(self.gb_s, _CEILING_QUANTILE))
 
 
 def _huge_block(num_bytes: int) -> NDArray[np.uint8]:
@@ -283,7 +325,7 @@ def make_contenders(
     folders: Sequence[Path],
     engines: Sequence[str],
     config: BenchConfig,
-    gguf: Path | None = None,
+    ggufs: Sequence[Path] = (),
     report: Report = lambda line: None,
 ) -> list[Contender]:
     """Every engine with every model that it can run; `report` hears why one cannot.
@@ -302,9 +344,12 @@ def make_contenders(
         if name != LlamaCppContender.engine
     ]
     if LlamaCppContender.engine in engines:
-        if gguf is None:
+        if not ggufs:
             raise InvalidConfig("gguf", None, "a GGUF file, because llama.cpp is to run one")
-        makers.append((f"llama.cpp on {gguf.name}", partial(LlamaCppContender, gguf, config)))
+        makers += [
+            (f"llama.cpp on {path.name}", partial(LlamaCppContender, path, config))
+            for path in ggufs
+        ]
     contenders = []
     for title, make in makers:
         try:
@@ -329,9 +374,8 @@ def run_bench(
             size = (config.batch_size, config.prompt_length)
             prompts = random.integers(0, contender.vocab_size, size).tolist()
             _take_turn(contender, prompts, config, memory, result)
-    ceiling = statistics.median(memory.gb_s)
     return [
-        _row(contender, result, config, ceiling)
+        _row(contender, result, config, memory.ceiling)
         for contender, result in zip(contenders, results, strict=True)
     ]
 
@@ -365,7 +409,7 @@ def _take_turn(
 
 
 def _row(contender: Contender, result: _Result, config: BenchConfig, ceiling: float) -> BenchRow:
-    median = statistics.median(result.steps)
+    median, cold = statistics.median(result.steps), statistics.median(result.cold)
     batch_size = 1 if isinstance(contender, LlamaCppContender) else config.batch_size
     prompt_tokens = batch_size * config.prompt_length
     read = contender.bytes_per_token
@@ -380,10 +424,11 @@ def _row(contender: Contender, result: _Result, config: BenchConfig, ceiling: fl
         p10_ms=1e3 * float(np.quantile(result.steps, 0.1)),
         median_ms=1e3 * median,
         p90_ms=1e3 * float(np.quantile(result.steps, 0.9)),
-        cold_ms=1e3 * statistics.median(result.cold),
+        cold_ms=1e3 * cold,
         bytes_per_token=read,
         ceiling_gb_s=ceiling,
-        ceiling_fraction=None if read is None else read / median / (1e9 * ceiling),
+        ceiling_fraction=None if read is None else read / cold / (1e9 * ceiling),
+        hot_fraction=None if read is None else read / median / (1e9 * ceiling),
         phase_us=_median_phases(result.phases),
         load_s=contender.load_seconds,
         rounds=config.rounds,

@@ -69,7 +69,8 @@ def test_turns_alternate_and_rows_hold_medians() -> None:
     assert row["cold_ms"] == pytest.approx(7)
     assert row["decode_tok_s"] == pytest.approx(2 / 0.003)
     assert row["prefill_tok_s"] == pytest.approx(2 * 20 / 0.01)
-    assert row["ceiling_fraction"] == pytest.approx(1e9 / (1e9 * row["ceiling_gb_s"]))
+    assert row["hot_fraction"] == pytest.approx(1e9 / (1e9 * row["ceiling_gb_s"]))
+    assert row["ceiling_fraction"] == pytest.approx(3 / 7 * row["hot_fraction"])
     assert row["phase_us"] == {"all": 7.0}
 
 
@@ -94,7 +95,7 @@ def test_engines_that_cannot_run_are_named(tiny_folder: Path, tmp_path: Path) ->
         make_contenders([tiny_folder], ["llama.cpp"], BenchConfig())
     lines: list[str] = []
     with pytest.raises(ExecutorUnavailable, match="no engine can run"):
-        make_contenders([], ["llama.cpp"], BenchConfig(), tmp_path / "x.gguf", lines.append)
+        make_contenders([], ["llama.cpp"], BenchConfig(), [tmp_path / "x.gguf"], lines.append)
     assert "llama-cpp-python" in lines[0]
 
 
