@@ -11,19 +11,18 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from vqkernels.closing import Closing
 from vqkernels.errors import (
     DtypeError,
     NativeCallError,
-    NativeUnavailableError,
     ShapeError,
 )
-from vqkernels.loader import check_status, load_library
+from vqkernels.loader import Signatures, check_status, declare, load_library
 from vqkernels.pool import ThreadPool
 
 KV_BLOCK: Final = 16
@@ -41,7 +40,7 @@ _STATUS_RANGE: Final = 16
 _MAX_PARTS: Final = 3
 _EMBEDDING_TYPES: Final = {"float32": 0, "float16": 1, "uint16": 2, "int8": 3}
 _PTR: Final = ctypes.c_void_p
-_SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]]]] = {
+_SIGNATURES: Final[Signatures] = {
     "vq_decoder_create": (ctypes.c_int32, (_PTR, _PTR, _PTR)),
     "vq_decoder_free": (None, (_PTR,)),
     "vq_decoder_step": (ctypes.c_int32, (_PTR, _PTR, _PTR)),
@@ -324,7 +323,7 @@ class DecoderProfile:
     seconds: dict[str, float]
 
 
-class Decoder:
+class Decoder(Closing):
     """A native decoder; `step` runs a batch of chunks.
 
     One step at a time. Not usable with a pool from before a fork.
@@ -406,17 +405,6 @@ class Decoder:
         self._handle = None
         self._finalizer()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @property
     def _address(self) -> int:
         if self._handle is None:
@@ -462,12 +450,7 @@ def read_all(data: npt.NDArray[np.uint8], pool: ThreadPool | None = None) -> flo
 @functools.cache
 def _decoder_library() -> ctypes.CDLL:
     library = load_library()
-    for name, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is None:
-            raise NativeUnavailableError(f"the native library has no function {name}; reinstall")
-        function.restype = restype
-        function.argtypes = argtypes
+    declare(library, _SIGNATURES)
     return library
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Final
@@ -55,7 +56,9 @@ class BuildInfo:
 _I32 = ctypes.c_int32
 _PTR = ctypes.c_void_p
 
-_SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]]]] = {
+Signatures = Mapping[str, tuple[type[object] | None, tuple[type[object], ...]]]
+
+_SIGNATURES: Final[Signatures] = {
     "vq_abi_version": (_I32, ()),
     "vq_status_text": (ctypes.c_char_p, (_I32,)),
     "vq_isa_name": (ctypes.c_char_p, (_I32,)),
@@ -113,18 +116,27 @@ def load_library() -> ctypes.CDLL:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailableError(f"{LIBRARY_NAME} does not load: {error}") from error
-    for name, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is None:
-            raise NativeUnavailableError(f"{LIBRARY_NAME} has no function {name}; reinstall")
-        function.restype = restype
-        function.argtypes = argtypes
+    declare(library, _SIGNATURES)
     version = library.vq_abi_version()
     if version != ABI_VERSION:
         raise NativeUnavailableError(
             f"{LIBRARY_NAME} has ABI version {version}, this package needs {ABI_VERSION}; reinstall"
         )
     return library
+
+
+def declare(library: ctypes.CDLL, signatures: Signatures) -> None:
+    """Type functions of the library: result and arguments by name.
+
+    Raises:
+        NativeUnavailableError: the library was built before it had one of them.
+    """
+    for name, (restype, argtypes) in signatures.items():
+        function = getattr(library, name, None)
+        if function is None:
+            raise NativeUnavailableError(f"{LIBRARY_NAME} has no function {name}; reinstall")
+        function.restype = restype
+        function.argtypes = argtypes
 
 
 def check_status(status: int, context: str) -> None:

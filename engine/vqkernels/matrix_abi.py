@@ -9,8 +9,7 @@ import ctypes
 import functools
 from typing import Any, Final
 
-from vqkernels.errors import NativeUnavailableError
-from vqkernels.loader import load_library
+from vqkernels.loader import Signatures, declare, load_library
 from vqkernels.matrix_weights import (
     DenseWeights,
     GridWeights,
@@ -27,7 +26,7 @@ KIND_VQ: Final = 3
 
 _I32 = ctypes.c_int32
 _PTR = ctypes.c_void_p
-_SIGNATURES: Final[dict[str, tuple[type[object] | None, tuple[type[object], ...]]]] = {
+_SIGNATURES: Final[Signatures] = {
     "vq_matrix_get_size": (_I32, (_PTR, _I32, _PTR)),
     "vq_matrix_create": (_I32, (_PTR, _I32, _PTR, _PTR, _I32, _PTR)),
     "vq_matrix_free": (None, (_PTR,)),
@@ -76,12 +75,7 @@ def matrix_library() -> ctypes.CDLL:
         NativeUnavailableError: there is none, or it was built before it had them.
     """
     library = load_library()
-    for name, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is None:
-            raise NativeUnavailableError(f"the native library has no function {name}; reinstall")
-        function.restype = restype
-        function.argtypes = argtypes
+    declare(library, _SIGNATURES)
     return library
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from types import TracebackType
-from typing import Self
 
+from vqkernels.closing import Closing
 from vqkernels.errors import NativeCallError, ShapeError
 from vqkernels.loader import check_status, load_library
 
 MAX_THREADS = 256
 
 
-class ThreadPool:
+class ThreadPool(Closing):
     """``num_threads`` workers, the calling thread included. Results do not depend on the number.
 
     Use as a context manager or call :meth:`close`. Not usable after ``fork``: create a new one in
@@ -45,14 +44,3 @@ class ThreadPool:
         handle, self._handle = self._handle, None
         if handle is not None:
             self._library.vq_pool_free(handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
