@@ -197,15 +197,41 @@ void multiply_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
 
 constexpr std::int32_t kRowsAtOnce = 8;       // more would spill accumulators
 constexpr std::int32_t kBatchBytes = 24576;   // activations that stay in the first-level cache
-constexpr std::int32_t kSharedRows = 16;      // from here a slow decoder pays for a tile
+constexpr std::int32_t kSharedRows = 4;       // from here a slow decoder pays for a tile
 
-// Columns [begin, end) of a panel, whose codes lie at `codes`.
-struct PanelSlice {
+// Columns [begin, end) of one pair of row sets, whose codes lie at `codes`.
+struct PairSlice {
   const std::uint8_t *codes;
-  std::int32_t panel;
   std::int32_t begin;
   std::int32_t end;
+  const std::uint16_t *scales;  // [group][16], or nullptr:
+  const float *lane_scales;     // [16], for all columns
+  const std::uint8_t *zeros;    // [group][16], or nullptr:
+  std::int32_t zero;
+  float *y;  // 16 results of this row of the batch:
+  std::int32_t first_row;
+  std::int64_t y_stride;
+  __mmask16 valid;
+  bool adds_offsets;
 };
+
+// All columns of a panel of one pair.
+inline PairSlice slice_of(const MatrixJob &job, std::int32_t panel, const std::uint8_t *codes) {
+  const MatrixPart &part = *job.part;
+  const std::int64_t at = std::int64_t{panel} * part.num_groups * kPairRows;
+  return {codes,
+          0,
+          part.columns,
+          part.scales + at,
+          nullptr,
+          part.zeros != nullptr ? part.zeros + at : nullptr,
+          part.stages[0].zero,
+          job.y + part.row_begin + panel * kPairRows,
+          0,
+          job.y_stride,
+          valid_lanes(part, panel),
+          job.x.offsets != nullptr};
+}
 
 // Sums of one segment for kRows rows of activations.
 template <class Decoder, int kRows>
@@ -234,10 +260,10 @@ inline void dot_rows(const Decoder &decoder, const std::uint8_t *p, std::int32_t
   }
 }
 
-// Rows [row, row + kRows) of the batch; formats with one pair per panel. A slice that does not begin
-// with column 0 goes on with the sums in y.
+// Rows [row, row + kRows) of the batch. A slice that does not begin with column 0 goes on with the
+// sums in y.
 template <class Decoder, int kRows>
-void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PanelSlice &slice,
+void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PairSlice &slice,
                     std::int32_t row) {
   const MatrixPart &part = *job.part;
   const std::int64_t stride = padded_columns(part.in_features);
@@ -246,25 +272,24 @@ void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PanelSli
   const std::int8_t *q = job.x.q + row * stride;
   const float *x_scales = job.x.scales + row * groups;
   const std::int32_t *prefix = job.x.prefix + row * prefixes;
-  const __mmask16 valid = valid_lanes(part, slice.panel);
-  float *y = job.y + row * job.y_stride + part.row_begin + slice.panel * kPairRows;
+  float *y = slice.y + (row - slice.first_row) * slice.y_stride;
   __m512 out[kRows];
   for (int i = 0; i < kRows; ++i) {
     out[i] = slice.begin == 0 ? _mm512_setzero_ps()
-                              : _mm512_maskz_loadu_ps(valid, y + i * job.y_stride);
+                              : _mm512_maskz_loadu_ps(slice.valid, y + i * slice.y_stride);
   }
-  const std::int64_t at = std::int64_t{slice.panel} * part.num_groups * kPairRows;
   const std::uint8_t *codes = slice.codes;
   for (std::int32_t column = slice.begin; column < slice.end; column += part.segment) {
     const std::int32_t count = std::min(part.segment, slice.end - column);
     __m512i dots[kRows];
     dot_rows<Decoder, kRows>(decoder, codes, count / kBlock, q + column, stride, dots);
     codes += count / kBlock / Decoder::kBlocks * decoder.bytes();
-    const std::int64_t group =
-        at + column / part.segment / part.segments_per_group * kPairRows;
-    const __m512 scale = load_halves(part.scales + group);
-    const __m512i zero = part.zeros != nullptr ? load_zeros(part.zeros + group)
-                                               : _mm512_set1_epi32(part.stages[0].zero);
+    const std::int32_t group =
+        slice.scales != nullptr ? column / part.segment / part.segments_per_group * kPairRows : 0;
+    const __m512 scale = slice.scales != nullptr ? load_halves(slice.scales + group)
+                                                 : _mm512_loadu_ps(slice.lane_scales);
+    const __m512i zero = slice.zeros != nullptr ? load_zeros(slice.zeros + group)
+                                                : _mm512_set1_epi32(slice.zero);
     const std::int32_t *before = prefix + column / kPrefixStep;
     const std::int32_t *after = prefix + (column + count) / kPrefixStep;
     for (int i = 0; i < kRows; ++i) {
@@ -273,20 +298,20 @@ void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PanelSli
                           x_scales[i * groups + column / kActivationGroup]);
     }
   }
-  const bool adds = slice.end == part.columns && job.x.offsets != nullptr;
+  const bool adds = slice.adds_offsets && slice.end == part.columns;
   for (int i = 0; i < kRows; ++i) {
     if (adds) {
       out[i] = _mm512_add_ps(out[i], _mm512_set1_ps(job.x.offsets[row + i]));
     }
-    _mm512_mask_storeu_ps(y + i * job.y_stride, valid, out[i]);
+    _mm512_mask_storeu_ps(y + i * slice.y_stride, slice.valid, out[i]);
   }
 }
 
 // Rows [begin, end) in equal blocks of at most kRowsAtOnce.
 template <class Decoder>
-void multiply_rows(const MatrixJob &job, const Decoder &decoder, const PanelSlice &slice,
+void multiply_rows(const MatrixJob &job, const Decoder &decoder, const PairSlice &slice,
                    std::int32_t begin, std::int32_t end) {
-  using Multiply = void (*)(const MatrixJob &, const Decoder &, const PanelSlice &, std::int32_t);
+  using Multiply = void (*)(const MatrixJob &, const Decoder &, const PairSlice &, std::int32_t);
   static constexpr Multiply kMultiply[kRowsAtOnce] = {
       multiply_slice<Decoder, 1>, multiply_slice<Decoder, 2>, multiply_slice<Decoder, 3>,
       multiply_slice<Decoder, 4>, multiply_slice<Decoder, 5>, multiply_slice<Decoder, 6>,
@@ -309,7 +334,7 @@ void multiply_batch(const MatrixJob &job, std::int32_t begin, std::int32_t end) 
   const std::int32_t chunk = std::max(fitting / kRowsAtOnce, 1) * kRowsAtOnce;
   for (std::int32_t row = 0; row < job.x.batch; row += chunk) {
     for (std::int32_t panel = begin; panel < end; ++panel) {
-      const PanelSlice slice{stage.codes + panel * stage.panel_bytes, panel, 0, part.columns};
+      const PairSlice slice = slice_of(job, panel, stage.codes + panel * stage.panel_bytes);
       multiply_rows(job, decoder, slice, row, std::min(row + chunk, job.x.batch));
     }
   }
@@ -342,12 +367,13 @@ void multiply_tiles(const MatrixJob &job, std::int32_t begin, std::int32_t end) 
   alignas(64) std::uint8_t tile[kTileColumns * kPairRows];
   for (std::int32_t panel = begin; panel < end; ++panel) {
     const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
-    for (std::int32_t column = 0; column < part.columns; column += kTileColumns) {
-      const std::int32_t stop = std::min(column + kTileColumns, part.columns);
-      const std::int32_t blocks = (stop - column) / kBlock;
-      decode_pair(decoder, codes, stop - column, tile);
-      codes += blocks / Decoder::kBlocks * decoder.bytes();
-      multiply_rows(job, decoded, PanelSlice{tile, panel, column, stop}, 0, job.x.batch);
+    PairSlice slice = slice_of(job, panel, tile);
+    for (; slice.begin < part.columns; slice.begin = slice.end) {
+      slice.end = std::min(slice.begin + kTileColumns, part.columns);
+      const std::int32_t count = slice.end - slice.begin;
+      decode_pair(decoder, codes, count, tile);
+      codes += count / kBlock / Decoder::kBlocks * decoder.bytes();
+      multiply_rows(job, decoded, slice, 0, job.x.batch);
     }
   }
 }
@@ -373,78 +399,91 @@ inline bool decode_grid(const MatrixStage &stage, std::int32_t panel, std::int32
   }
 }
 
-// kRows rows of activations with one segment of a pair.
-template <int kRows>
-inline void multiply_segment(const std::uint8_t *blocks, std::int32_t num_blocks,
-                             const std::int8_t *x, std::int64_t x_stride,
-                             const SegmentScale &scale, const std::int32_t *sums,
-                             const float *x_scales, float *lanes, std::int64_t lanes_stride) {
-  __m512i acc0[kRows];
-  __m512i acc1[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    acc0[i] = _mm512_setzero_si512();
-    acc1[i] = _mm512_setzero_si512();
-  }
-  for (std::int32_t block = 0; block < num_blocks; ++block) {
-    const __m512i w0 = load_bytes(blocks);
-    const __m512i w1 = load_bytes(blocks + kBlockBytes);
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i values = broadcast8(x + i * x_stride);
-      acc0[i] = dot4(acc0[i], w0, values);
-      acc1[i] = dot4(acc1[i], w1, values);
+// ---- codebooks: panels of several pairs, whose lanes are rows in another order ----
+
+// lanes [pairs * 16] of one batch row to y, as store_lanes; lane_of[row] is the inverse of lane_rows.
+inline void store_gathered(const MatrixJob &job, const float *lanes, const std::int32_t *lane_of,
+                           std::int32_t count, std::int32_t row, bool first, bool last,
+                           float *y) {
+  const bool has_offset = last && job.x.offsets != nullptr;
+  const __m512 offset = _mm512_set1_ps(has_offset ? job.x.offsets[row] : 0.0f);
+  for (std::int32_t at = 0; at < count; at += kPairRows) {
+    const std::int32_t left = std::min(count - at, std::int32_t{kPairRows});
+    const auto mask = static_cast<__mmask16>((1u << left) - 1u);
+    const __m512i index = _mm512_load_si512(lane_of + at);
+    __m512 sum = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, lanes, 4);
+    if (!first) {
+      sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y + at), sum);
     }
-    blocks += 2 * kBlockBytes;
-    x += kBlock;
-  }
-  const __m512i zero = _mm512_load_si512(scale.zero);
-  const __m512 scales = _mm512_load_ps(scale.scale);
-  for (int i = 0; i < kRows; ++i) {
-    const __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sums[i]));
-    const __m512i dots = _mm512_sub_epi32(add_halves(acc0[i], acc1[i]), offset);
-    float *out = lanes + i * lanes_stride;
-    _mm512_store_ps(out, add_scaled(_mm512_load_ps(out), dots, scales, x_scales[i]));
+    if (has_offset) {
+      sum = _mm512_add_ps(sum, offset);
+    }
+    _mm512_mask_storeu_ps(y + at, mask, sum);
   }
 }
 
-struct Avx512Segments {
-  static constexpr int kRows = 8;
-
-  static void load_scale(const MatrixPart &part, const MatrixStage &stage, std::int32_t panel,
-                         std::int32_t pair, std::int32_t segment, SegmentScale &out) {
-    if (stage.lane_scales != nullptr) {
-      load_segment_scale(part, stage, panel, pair, segment, out);
-      return;
-    }
-    const std::int64_t at =
-        (std::int64_t{panel} * part.num_groups + segment / part.segments_per_group) * kPairRows;
-    _mm512_store_ps(out.scale, load_halves(part.scales + at));
-    _mm512_store_si512(out.zero, part.zeros != nullptr ? load_zeros(part.zeros + at)
-                                                       : _mm512_set1_epi32(stage.zero));
-  }
-
-  static void segment(const std::uint8_t *blocks, std::int32_t num_blocks, const std::int8_t *x,
-                      std::int64_t x_stride, std::int32_t rows, const SegmentScale &scale,
-                      const std::int32_t *sums, const float *x_scales, float *lanes,
-                      std::int64_t lanes_stride) {
-    std::int32_t done = 0;
-    for (; done + 8 <= rows; done += 8) {
-      multiply_segment<8>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
-                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
-    }
-    for (; done + 4 <= rows; done += 4) {
-      multiply_segment<4>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
-                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
-    }
-    for (; done + 2 <= rows; done += 2) {
-      multiply_segment<2>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
-                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
-    }
-    if (done < rows) {
-      multiply_segment<1>(blocks, num_blocks, x + done * x_stride, x_stride, scale, sums + done,
-                          x_scales + done, lanes + done * lanes_stride, lanes_stride);
+// Rows [row, row + batch) of one stage into lanes [batch][pairs][16].
+template <class Tier>
+void multiply_pairs(const MatrixJob &job, const MatrixStage &stage, std::int32_t panel,
+                    std::int32_t row, std::int32_t batch, float *lanes) {
+  alignas(64) std::uint8_t tile[kTileBytes];
+  const MatrixPart &part = *job.part;
+  const Grid8 decoded(stage);
+  const std::int32_t lane_count = stage.pairs * kPairRows;
+  const std::int32_t width =
+      std::min(kTileColumns, kTileBytes / (lane_count * kActivationGroup) * kActivationGroup);
+  for (std::int32_t column = 0; column < part.columns; column += width) {
+    const std::int32_t count = std::min(width, part.columns - column);
+    Tier::decode(stage, panel, column, count, tile);
+    for (std::int32_t pair = 0; pair < stage.pairs; ++pair) {
+      const std::int32_t at = pair * kPairRows;
+      PairSlice slice = slice_of(job, panel, tile + std::int64_t{at} * count);
+      slice.begin = column;
+      slice.end = column + count;
+      slice.zero = stage.zero;
+      slice.y = lanes + at;
+      slice.first_row = row;
+      slice.y_stride = lane_count;
+      slice.valid = 0xffff;
+      slice.adds_offsets = false;
+      if (stage.lane_scales != nullptr) {
+        slice.scales = nullptr;
+        slice.lane_scales = stage.lane_scales + at;
+      }
+      multiply_rows(job, decoded, slice, row, row + batch);
     }
   }
-};
+}
+
+template <class Tier>
+void multiply_vectors(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
+  alignas(64) float lanes[kBatchFloats];
+  alignas(64) std::int32_t lane_of[kMaxPairs * kPairRows] = {};
+  const MatrixPart &part = *job.part;
+  for (std::int32_t panel = begin; panel < end; ++panel) {
+    const std::int32_t base = panel * part.panel_rows;
+    const std::int32_t valid = std::min(part.panel_rows, part.rows - base);
+    for (std::int32_t s = 0; s < part.num_stages; ++s) {
+      const MatrixStage &stage = part.stages[s];
+      const std::int32_t lane_count = stage.pairs * kPairRows;
+      for (std::int32_t lane = 0; lane < lane_count; ++lane) {
+        if (stage.lane_rows[lane] >= 0) {
+          lane_of[stage.lane_rows[lane]] = lane;
+        }
+      }
+      const std::int32_t chunk = std::min(kBatchRows, kBatchFloats / lane_count);
+      for (std::int32_t row = 0; row < job.x.batch; row += chunk) {
+        const std::int32_t batch = std::min(chunk, job.x.batch - row);
+        multiply_pairs<Tier>(job, stage, panel, row, batch, lanes);
+        for (std::int32_t b = 0; b < batch; ++b) {
+          float *y = job.y + (row + b) * job.y_stride + part.row_begin + base;
+          store_gathered(job, lanes + b * lane_count, lane_of, valid, row + b, s == 0,
+                         s + 1 == part.num_stages, y);
+        }
+      }
+    }
+  }
+}
 
 // One row or many.
 template <class Decoder>

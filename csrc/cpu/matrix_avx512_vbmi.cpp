@@ -364,7 +364,7 @@ void decode_vq(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t
   }
 }
 
-struct Vbmi : Avx512Segments {
+struct Vbmi {
   static void decode(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
                      std::int32_t count, std::uint8_t *tile) {
     if (decode_grid(stage, panel, column, count, tile)) {
@@ -430,7 +430,7 @@ void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
   if (stage.decode == Decode::kTcq) {
     (stage.tcq->frames == 1 ? multiply_tcq<1> : multiply_tcq<2>)(job, begin, end);
   } else if (!multiply_grid(job, begin, end)) {
-    (job.x.batch == 1 ? multiply_vq_row : TileLoops<Vbmi>::panels)(job, begin, end);
+    (job.x.batch == 1 ? multiply_vq_row : multiply_vectors<Vbmi>)(job, begin, end);
   }
 }
 

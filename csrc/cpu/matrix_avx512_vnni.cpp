@@ -6,7 +6,7 @@
 namespace vq {
 namespace {
 
-struct Vnni : Avx512Segments {
+struct Vnni {
   static void decode(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
                      std::int32_t count, std::uint8_t *tile) {
     if (!decode_grid(stage, panel, column, count, tile)) {
@@ -17,7 +17,7 @@ struct Vnni : Avx512Segments {
 
 void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
   if (!multiply_grid(job, begin, end)) {
-    TileLoops<Vnni>::panels(job, begin, end);
+    multiply_vectors<Vnni>(job, begin, end);
   }
 }
 
