@@ -54,7 +54,9 @@ def build_dir() -> Path:
 
 
 def objects(build: Path) -> dict[str, Path]:
-    return {path.name: path for path in build.rglob("*.o") if "vqkernels_objects" in str(path)}
+    """Objects of the library by name; the kept build may hold some of sources that are gone."""
+    paths = (path for path in build.rglob("*.o") if "vqkernels_objects" in str(path))
+    return {path.name: path for path in paths if (ROOT / "csrc/cpu" / path.stem).is_file()}
 
 
 def disassemble(path: Path) -> str:
