@@ -87,10 +87,11 @@ class BenchRow:
         bytes_per_token: weights and cached keys and values that a step reads, of all sequences.
         ceiling_gb_s: speed of reading memory in this run, its 90th percentile: the ceiling is what
             the memory can do, not what it did while others loaded it.
-        ceiling_fraction: bytes of a step over the median cold step, relative to that; nothing is
-            in a cache then, so this is what the engine gets out of the memory.
-        hot_fraction: the same with the median step; above 1 where a cache kept a part of the bytes
-            from the step before.
+        ceiling_fraction: speed of a cold step relative to the reads just before it, median: nothing
+            is in a cache then, and a shared machine's memory is half as fast from one second to
+            the next, so this is what the engine gets out of the memory.
+        hot_fraction: bytes of a step over the median step, relative to `ceiling_gb_s`; above 1
+            where a cache kept a part of the bytes from the step before.
         phase_us: microseconds per step by operation class, where the engine measures them.
         load_s: seconds from the folder to an engine that can step.
     """
@@ -301,12 +302,16 @@ class Memory:
         self._pool = ThreadPool(max(num_threads, 1))
         self.gb_s: list[float] = []
 
-    def measure(self) -> None:
-        """Read the block once, noting speeds; the caches hold nothing else afterwards."""
+    def measure(self) -> float:
+        """Read the block once; what the memory can do now, in GB/s.
+
+        The caches hold nothing else afterwards.
+        """
         for piece in np.split(self._block, _READ_PIECES):
             begin = time.perf_counter()
             read_all(piece, self._pool)
             self.gb_s.append(1e-9 * piece.size / (time.perf_counter() - begin))
+        return float(np.quantile(self.gb_s[-_READ_PIECES:], _CEILING_QUANTILE))
 
     @property
     def ceiling(self) -> float:
@@ -385,6 +390,7 @@ class _Result:
     prefills: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     cold: list[float] = field(default_factory=list)
+    cold_gb_s: list[float] = field(default_factory=list)  # of reading, before each
     phases: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -403,7 +409,7 @@ def _take_turn(
     if phases is not None:
         result.phases.append(phases)
     for _ in range(_NUM_COLD_STEPS):
-        memory.measure()
+        result.cold_gb_s.append(memory.measure())
         result.cold.append(contender.step())
     contender.stop()
 
@@ -427,11 +433,18 @@ def _row(contender: Contender, result: _Result, config: BenchConfig, ceiling: fl
         cold_ms=1e3 * cold,
         bytes_per_token=read,
         ceiling_gb_s=ceiling,
-        ceiling_fraction=None if read is None else read / cold / (1e9 * ceiling),
+        ceiling_fraction=None if read is None else 1e-9 * read * _per_read_byte(result),
         hot_fraction=None if read is None else read / median / (1e9 * ceiling),
         phase_us=_median_phases(result.phases),
         load_s=contender.load_seconds,
         rounds=config.rounds,
+    )
+
+
+def _per_read_byte(result: _Result) -> float:
+    """Median of 1 over what was read in a cold step's time at the speed just before it, in 1/GB."""
+    return statistics.median(
+        1 / (seconds * gb_s) for seconds, gb_s in zip(result.cold, result.cold_gb_s, strict=True)
     )
 
 
