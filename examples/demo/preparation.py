@@ -46,13 +46,22 @@ def prepare(cache: Path, bits: int = DEFAULT_BITS) -> LanguageModelFolder:
     Raises:
         DemoError: no model of these bits is offered, or making it failed.
     """
-    if bits not in RECIPES:
-        raise DemoError(f"BITS is {bits}; a model of {' or '.join(map(str, RECIPES))} is offered")
-    name = f"{MODEL}-{RECIPES[bits].name}"
-    model = LanguageModelFolder(name=name, path=cache / "models" / name)
+    model = folder_of(cache, bits)
     if not model.path.exists():
         _quantize(cache, model.path, RECIPES[bits])
     return model
+
+
+def folder_of(cache: Path, bits: int) -> LanguageModelFolder:
+    """Where the model of so many bits is kept, there or not.
+
+    Raises:
+        DemoError: no model of these bits is offered.
+    """
+    if bits not in RECIPES:
+        raise DemoError(f"BITS is {bits}; a model of {' or '.join(map(str, RECIPES))} is offered")
+    name = f"{MODEL}-{RECIPES[bits].name}"
+    return LanguageModelFolder(name=name, path=cache / "models" / name)
 
 
 def _quantize(cache: Path, target: Path, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.preparation import BITS, GROUP_SIZE, MODEL
+from demo.preparation import folder_of
 from demo.serve import SERVICES_FILE
 from support.llmd import write_tiny_llama
 from support.tokenizerd import image_file
@@ -22,8 +22,15 @@ from vqllm.calibration import CalibrationConfig
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(params=[4, 2], ids=["4 bits", "2 bits"])
+def bits(request: pytest.FixtureRequest) -> int:
+    """Of the language model."""
+    chosen: int = request.param
+    return chosen
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
+def cache(tmp_path: Path, bits: int) -> Path:
     """A cache that already holds a prepared language model: one random layer, quantized."""
     write_tiny_llama(tmp_path / "tiny")
     config = tmp_path / "tiny" / "config.json"
@@ -31,8 +38,8 @@ def cache(tmp_path: Path) -> Path:
     config.write_text(json.dumps(long_context))
     quantizer = AutoQuantizer.from_pretrained(tmp_path / "tiny")
     calibration = CalibrationConfig(num_windows=2, window_length=32)
-    quantizer.quantize(calibration, bits=BITS, group_size=32)
-    folder = tmp_path / "cache" / "models" / f"{MODEL}-gptq{BITS}-g{GROUP_SIZE}"
+    quantizer.quantize(calibration, bits=bits, method="gptq" if bits == 4 else "tcq")
+    folder = folder_of(tmp_path / "cache", bits).path
     folder.parent.mkdir(parents=True)
     quantizer.save_pretrained(folder)
     return tmp_path / "cache"
@@ -44,12 +51,14 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_demonstration_sends_frames_names_them_and_asks(tmp_path: Path, cache: Path) -> None:
+def test_the_demonstration_sends_frames_names_them_and_asks(
+    tmp_path: Path, cache: Path, bits: int
+) -> None:
     road, food = tmp_path / "road.png", tmp_path / "food.png"
     road.write_bytes(image_file("PNG", 170, 90))
     food.write_bytes(image_file("PNG", 96, 80))
     output = tmp_path / "out"
-    folders = ["--output", str(output), "--cache", str(cache)]
+    folders = ["--output", str(output), "--cache", str(cache), "--bits", str(bits)]
     finished = run_demo("--images", str(road), str(food), "--stop", *folders)
 
     assert finished.returncode == 0, finished.stdout + finished.stderr
