@@ -114,7 +114,9 @@ bench-quant: $(VENV)/.ready ## measure the quantizers side by side with their pe
 	  $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(GPTQMODEL_PYTHON),--gptqmodel-python $(GPTQMODEL_PYTHON))
 
 bench-llm: $(VENV)/.ready ## measure decoding and prefill side by side with ONNX Runtime and llama.cpp
-	@$(BIN)/vqllm bench $(if $(JSON),--json $(JSON)/llm.json)
+	@PYTHONPATH=examples $(BIN)/python -m demo.bench $(if $(JSON),--json $(JSON)/llm.json) \
+	  $(if $(BITS),--bits $(BITS)) $(if $(GGUF),--gguf $(GGUF)) \
+	  $(if $(PROMPT),--prompt $(PROMPT)) $(if $(BATCH),--batch $(BATCH)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 # Needs no set-up but torch with CUDA and nvcc (or the NVRTC that torch brings): runs from the tree.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
