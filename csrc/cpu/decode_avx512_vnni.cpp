@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "decode_kernels.hpp"
+#include "rounding.hpp"
 
 namespace vq {
 namespace {
@@ -69,7 +70,6 @@ namespace {
 constexpr int kGroupVectors = kActivationGroup / 16;
 constexpr float kSmallestMax = 1e-30f;  // below this, 127 / amax would overflow
 constexpr std::int32_t kInfinityBits = 0x7f800000;
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
 
 void load_group(const float *x, std::int32_t count, __m512 *values) {
   for (int i = 0; i < kGroupVectors; ++i) {

@@ -15,6 +15,7 @@
 #include "matrix_half.hpp"
 #include "matrix_pack.hpp"
 #include "pool.hpp"
+#include "rounding.hpp"
 
 struct vq_matrix {
   std::int32_t in_features = 0;
@@ -32,8 +33,6 @@ namespace {
 
 constexpr float kSmallestMax = 1e-30f;  // below this, 127 / amax would overflow
 constexpr std::uint32_t kInfinityBits = 0x7f800000u;
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
-constexpr std::int32_t kRoundMagicBits = 0x4b400000;
 constexpr std::int32_t kPartialSums = 8;
 constexpr std::int64_t kAlignment = 64;
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "matrix_half.hpp"
+#include "rounding.hpp"
 
 namespace vq {
 namespace {
@@ -323,26 +324,28 @@ void read_byte_codes(const vq_matrix_part &source, std::int64_t row, std::int64_
   }
 }
 
-float dense_weight(const vq_matrix_part &source, std::int64_t row, std::int64_t column) {
+// Weights [column, column + count) of a row.
+void read_dense(const vq_matrix_part &source, std::int64_t row, std::int64_t column,
+                std::int64_t count, float *values) {
   const std::int64_t at = row * source.in_features + column;
-  return source.weights_are_half != 0
-             ? half_to_float(static_cast<const std::uint16_t *>(source.codes)[at])
-             : static_cast<const float *>(source.codes)[at];
+  if (source.weights_are_half == 0) {
+    std::copy_n(static_cast<const float *>(source.codes) + at, count, values);
+    return;
+  }
+  const std::uint16_t *halves = static_cast<const std::uint16_t *>(source.codes) + at;
+  for (std::int64_t i = 0; i < count; ++i) {
+    values[i] = finite_half_to_float(halves[i]);
+  }
 }
 
-void read_dense_codes(const vq_matrix_part &source, const MatrixPart &part, std::int64_t row,
-                      std::int64_t rows, std::int64_t column, std::int64_t columns, Chunk &chunk) {
-  const std::int64_t group = column / (part.segment * part.segments_per_group);
-  const std::uint16_t *scales =
-      part.scales + (row / kPairRows * part.num_groups + group) * kPairRows;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const float scale = half_to_float(scales[r]);
-    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (std::int64_t c = 0; c < columns; ++c) {
-      const float steps = std::nearbyint(dense_weight(source, row + r, column + c) * inverse);
-      const float limited = std::min(127.0f, std::max(-127.0f, steps));
-      chunk.code[c][r] = static_cast<std::uint8_t>(static_cast<int>(limited) + kCodeOffset);
-    }
+// round(value * inverse), half to even, within -127 and 127, plus kCodeOffset.
+void round_codes(const float *values, float inverse, std::uint8_t *codes) {
+  for (std::int32_t c = 0; c < kChunkColumns; ++c) {
+    const float limited = std::min(127.0f, std::max(-127.0f, values[c] * inverse));
+    const float shifted = limited + kRoundMagic;
+    std::int32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    codes[c] = static_cast<std::uint8_t>(bits - kRoundMagicBits + kCodeOffset);
   }
 }
 
@@ -352,9 +355,7 @@ void read_chunk(const vq_matrix_part &source, const MatrixPart &part, std::int32
   const std::int32_t row = panel * kPairRows;
   const std::int32_t rows = std::min(kPairRows, part.rows - row);
   const std::int32_t columns = std::min(kChunkColumns, part.in_features - column);
-  if (source.kind == VQ_MATRIX_DENSE) {
-    read_dense_codes(source, part, row, rows, column, columns, chunk);
-  } else if (source.codes_are_bytes != 0) {
+  if (source.codes_are_bytes != 0) {
     read_byte_codes(source, row, rows, column, columns, chunk);
   } else {
     read_word_codes(source, row, rows, column, columns, chunk);
@@ -399,11 +400,19 @@ void write_chunk(const Chunk &chunk, std::int32_t bits, std::uint8_t *out) {
 
 float dense_scale(const vq_matrix_part &source, std::int64_t row, std::int64_t column,
                   std::int64_t end) {
-  float largest = 0.0f;
-  for (std::int64_t c = column; c < end; ++c) {
-    largest = std::max(largest, std::fabs(dense_weight(source, row, c)));
+  std::int32_t largest = 0;  // bits of a magnitude: they sort as it does
+  for (std::int64_t c = column; c < end; c += kChunkColumns) {
+    float values[kChunkColumns] = {};
+    read_dense(source, row, c, std::min<std::int64_t>(kChunkColumns, end - c), values);
+    for (const float value : values) {
+      std::int32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      largest = std::max(largest, bits & 0x7fffffff);
+    }
   }
-  return largest / 127.0f;
+  float magnitude;
+  std::memcpy(&magnitude, &largest, sizeof magnitude);
+  return magnitude / 127.0f;
 }
 
 std::uint16_t group_scale(const vq_matrix_part &source, const MatrixPart &part, std::int64_t row,
@@ -459,6 +468,38 @@ void fill_grid(const vq_matrix_part &source, const MatrixPart &part) {
       Chunk chunk;
       read_chunk(source, part, panel, column, chunk);
       write_chunk(chunk, bits, out + std::int64_t{column} * 2 * bits);
+    }
+  }
+}
+
+// 32 columns of 16 rows of floats, straight to blocks of 8-bit codes; padding is left alone.
+void write_dense_chunk(const vq_matrix_part &source, const MatrixPart &part, std::int32_t panel,
+                       std::int32_t column, std::uint8_t *out) {
+  const std::int32_t group = column / (part.segment * part.segments_per_group);
+  const std::uint16_t *scales =
+      part.scales + (std::int64_t{panel} * part.num_groups + group) * kPairRows;
+  const std::int32_t rows = std::min(kPairRows, part.rows - panel * kPairRows);
+  const std::int32_t columns = std::min(kChunkColumns, part.in_features - column);
+  for (std::int32_t r = 0; r < rows; ++r) {
+    const float scale = half_to_float(scales[r]);
+    float values[kChunkColumns] = {};
+    std::uint8_t codes[kChunkColumns];
+    read_dense(source, std::int64_t{panel} * kPairRows + r, column, columns, values);
+    round_codes(values, scale > 0.0f ? 1.0f / scale : 0.0f, codes);
+    for (std::int32_t c = 0; c < columns; c += kBlock) {
+      std::uint8_t *block = out + (c / kBlock * 2 + r / kBlock) * kBlockBytes;
+      const auto count = static_cast<std::size_t>(std::min(kBlock, columns - c));
+      std::memcpy(block + r % kBlock * kBlock, codes + c, count);
+    }
+  }
+}
+
+void fill_dense(const vq_matrix_part &source, const MatrixPart &part) {
+  const MatrixStage &stage = part.stages[0];
+  for (std::int32_t panel = 0; panel < part.num_panels; ++panel) {
+    std::uint8_t *out = writable(stage.codes) + panel * stage.panel_bytes;
+    for (std::int32_t column = 0; column < part.columns; column += kChunkColumns) {
+      write_dense_chunk(source, part, panel, column, out + std::int64_t{column} * kPairRows);
     }
   }
 }
@@ -595,6 +636,8 @@ void fill_part(const vq_matrix_part &source, std::uint8_t *memory, const PackedP
   fill_scales(source, part);
   if (source.kind == VQ_MATRIX_TCQ) {
     fill_tcq(source, part);
+  } else if (source.kind == VQ_MATRIX_DENSE) {
+    fill_dense(source, part);
   } else {
     fill_grid(source, part);
   }

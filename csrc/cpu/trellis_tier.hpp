@@ -7,6 +7,7 @@
 // "lowest" in the bit-reversed numbering.
 #pragma once
 
+#include "rounding.hpp"
 #include "trellis_kernels.hpp"
 
 namespace vq {
@@ -14,7 +15,6 @@ namespace {
 
 constexpr float kUnreachable = 1e30f;
 constexpr std::int32_t kRenormalizeRows = 32;  // costs stay small enough for float32
-constexpr float kRoundMagic = 12582912.0f;     // 1.5 * 2^23: adding it rounds half to even
 
 // The least of kCount vectors that lie `stride` apart, by a knock-out of neighbours; each match
 // leaves a mask of the lanes that the second one wins.

@@ -19,6 +19,7 @@ VECTOR_LENGTHS = (4, 6, 8, 16)
 MAX_CODES = 65536
 TABLE_SIZE = 256
 WORD_BITS = 32
+_INFINITY, _MINUS_INFINITY = 0x7C00, 0xFC00  # bits of halves
 
 Array = npt.NDArray[Any]
 
@@ -80,7 +81,7 @@ class DenseWeights:
     def __post_init__(self) -> None:
         check_array("weight", self.weight, (np.float32, np.float16), 2)
         check_group_size(self.group_size)
-        if not np.isfinite(self.weight).all():
+        if not _is_finite(self.weight):
             raise NonFiniteError("weight holds NaN or infinity")
 
     @property
@@ -250,7 +251,7 @@ def check_scales(scales: object, num_groups: int, out_features: int) -> None:
     check_array("scales", scales, (np.float16,), 2)
     assert isinstance(scales, np.ndarray)
     check_shape("scales", scales, (num_groups, out_features))
-    if not np.isfinite(scales).all():
+    if not _is_finite(scales):
         raise NonFiniteError("scales holds NaN or infinity; the checkpoint is damaged")
 
 
@@ -269,3 +270,11 @@ def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     """Raise ShapeError naming the array."""
     if array.shape != shape:
         raise ShapeError(f"{name} has shape {array.shape}, must be {shape}")
+
+
+def _is_finite(values: npt.NDArray[Any]) -> bool:
+    """Whether no element is NaN or infinite; of halves by their bits, which is faster by far."""
+    if values.dtype != np.float16:
+        return bool(np.isfinite(values).all())
+    positive, negative = values.view(np.int16), values.view(np.uint16)
+    return bool(positive.max() < _INFINITY and negative.max() < _MINUS_INFINITY)
