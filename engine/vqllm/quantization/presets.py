@@ -137,7 +137,7 @@ def _options(config: QuantizeConfig, bits: int) -> MethodOptions:
 
 def _vptq_options(bits: int, seed: int) -> VptqOptions:
     """The best codebooks of that many index bits per weight; see `vptq_candidates`."""
-    sizes = {1: (4, 16, 0), 2: (4, 256, 0), 3: (3, 512, 0), 4: (4, 256, 256)}
+    sizes = {1: (4, 16, 0), 2: (4, 256, 0), 3: (4, 256, 16), 4: (4, 256, 256)}
     if bits not in sizes:
         raise InvalidConfig("bits", bits, "1 to 4 for vptq")
     return VptqOptions(*sizes[bits], seed=seed)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqkernels.matrix_weights import VECTOR_LENGTHS
 from vqllm.errors import InvalidConfig, UnsupportedModel
 from vqllm.quantization.hessian import HessianFactor, factorize
+from vqllm.quantization.presets import QuantizeConfig
 from vqllm.quantization.vptq import VptqOptions, quantize_vptq
 from vqllm.quantization.vptq_candidates import vptq_candidates
 from vqllm.quantization.vptq_kmeans import assign, kmeans
@@ -229,3 +231,10 @@ def test_small_layers_are_not_offered_large_codebooks() -> None:
         return max(o.num_centroids for o in chosen if isinstance(o, VptqOptions))
 
     assert largest(64, 64, below=4.0) < largest(4096, 4096, below=3.0)
+
+
+def test_what_is_chosen_for_a_user_has_native_kernels() -> None:
+    offered = [candidate.options for candidate in vptq_candidates(576, 1536)]
+    offered += [QuantizeConfig(method="vptq", bits=bits).options() for bits in (1, 2, 3, 4)]
+    lengths = {options.vector_length for options in offered if isinstance(options, VptqOptions)}
+    assert lengths <= set(VECTOR_LENGTHS)
