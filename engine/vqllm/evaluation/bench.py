@@ -37,9 +37,9 @@ COMMAND = "make bench-quant"
 READING = (
     "The weights of `vqllm fetch smollm2` were dequantized from a 4-bit file with blocks of 32. "
     "They lie on that grid, which flatters scalar types of 4 bits and small blocks, llama.cpp's "
-    "among them: its 2- and 3-bit types fall back to such ones where columns are no multiple of 256. "
-    "A reference called `rotated` (`python -m vqllm.offgrid.rotated MODEL OUT`) computes the same "
-    "function with weights on no grid; compare at 4 bits there."
+    "among them: its 2- and 3-bit types fall back to such ones where columns are no multiple of "
+    "256. A reference called `rotated` (`python -m vqllm.offgrid.rotated MODEL OUT`) computes the "
+    "same function with weights on no grid; compare at 4 bits there."
 )
 TEXTS = {"wikitext2-valid": "wikitext2_tok_valid.txt", "brown-heldout": "brown_heldout.txt"}
 CALIBRATION = "brown_train.txt"
