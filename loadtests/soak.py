@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,6 +63,11 @@ class SoakReport:
     prefix_hit_tokens: float = 0.0
     preemptions: float = 0.0
     problems: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        memory = [round(value, 1) for value in self.memory_mb]
+        return json.dumps({**vars(self), "memory_mb": memory}, indent=2)
 
 
 async def soak(options: SoakOptions) -> SoakReport:
@@ -177,9 +182,7 @@ def main() -> int:
         arguments.address, arguments.http, arguments.pid, arguments.seconds, arguments.clients
     )
     report = asyncio.run(soak(options))
-    content = asdict(report)
-    content["memory_mb"] = [round(value, 1) for value in report.memory_mb]
-    print(json.dumps(content, indent=2))
+    print(report.to_json())
     return 1 if report.problems else 0
 
 

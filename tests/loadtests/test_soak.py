@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import soak
@@ -30,6 +31,7 @@ async def test_a_healthy_server_passes(tmp_path: Path) -> None:
     assert report.outcomes["completed"] > 0
     assert report.outcomes["aborted"] > 0
     assert len(report.memory_mb) >= 3
+    assert json.loads(report.to_json())["outcomes"] == dict(report.outcomes)
 
 
 def test_growth_and_strange_outcomes_are_problems() -> None:
