@@ -161,8 +161,11 @@ async def test_a_refused_prompt_holds_no_place() -> None:
 
 
 async def test_a_failed_step_answers_everyone_and_the_engine_goes_on() -> None:
-    async with world() as w:
-        w.executor.fails_at_step = 3
+    tokenizer = byte_tokenizer()
+    # Steps so slow that the second request is there before the one that fails.
+    executor = FakeExecutor(tokenizer.encode(ANSWER), tokenizer.vocab_size, 0.05)
+    async with world(executor) as w:
+        executor.fails_at_step = 20
         streams = [await w.submit(max_tokens=50) for _ in range(2)]
         results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
         assert [type(result) for result in results] == [EngineFailed, EngineFailed]
