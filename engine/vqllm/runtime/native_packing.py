@@ -8,12 +8,11 @@ from __future__ import annotations
 import mmap
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vqkernels.closing import Closing
 from vqkernels.matrix import Matrix, aligned_empty, packed_size
 from vqkernels.matrix_weights import DenseWeights, GridWeights, InputTransform, Weights
 from vqllm.checkpoint import HEAD, Checkpoint
@@ -50,7 +49,7 @@ def _huge_block(num_bytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(block, dtype=np.uint8)
 
 
-class MatrixPacker:
+class MatrixPacker(Closing):
     """Packs linears by name on threads of its own; use as a context manager.
 
     The errors of `native_weights.packable` come out of the futures.
@@ -69,15 +68,8 @@ class MatrixPacker:
         """The table `name` (vocab, d) as an output head of 8 bits, one scale per row."""
         return self._threads.submit(self._pack_head, name)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads; what has not begun is never packed."""
         self._threads.shutdown(cancel_futures=True)
 
     def _pack(self, name: str) -> Matrix:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from vqllm.cli import main
+RunVqllm = Callable[..., tuple[int, str, str]]
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    monkeypatch.setattr(sys, "argv", ["vqllm", *map(str, words)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as done:
-        main()
-    captured = capsys.readouterr()
-    return int(done.value.code or 0), captured.out, captured.err
-
-
-def test_help_lists_the_commands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, output, _ = run(monkeypatch, capsys, "--help")
+def test_help_lists_the_commands(run_vqllm: RunVqllm) -> None:
+    code, output, _ = run_vqllm("--help")
     assert code == 0
     for command in ("fetch", "quantize", "generate", "evaluate", "info"):
         assert command in output
@@ -34,18 +20,17 @@ def test_help_lists_the_commands(
 def test_quantize_then_generate_then_evaluate(
     tiny_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_vqllm: RunVqllm,
 ) -> None:
     target, text = tmp_path / "q", tmp_path / "text.txt"
     text.write_text("some text to calibrate on " * 40)
     quantize: list[str | Path] = ["quantize", tiny_folder, "-o", target, "--group-size", "32"]
     quantize += ["--calibration", text, "--windows", "4", "--window-length", "64"]
-    code, output, errors = run(monkeypatch, capsys, *quantize)
+    code, output, errors = run_vqllm(*quantize)
     assert code == 0, errors
     assert "gptq" in output
-    code, output, errors = run(
-        monkeypatch, capsys, "generate", target, "hello", "--max-tokens", "5", "--threads", "1"
+    code, output, errors = run_vqllm(
+        "generate", target, "hello", "--max-tokens", "5", "--threads", "1"
     )
     assert code == 0, errors
     assert "tok/s" in errors
@@ -60,7 +45,7 @@ def test_quantize_then_generate_then_evaluate(
         "3",
     ]
     evaluate += ["--window-length", "64", "--threads", "1"]
-    code, output, errors = run(monkeypatch, capsys, *evaluate)
+    code, output, errors = run_vqllm(*evaluate)
     assert code == 0, errors
     assert "perplexity" in output
     assert "mean_kl" in output
@@ -76,12 +61,11 @@ def test_quantize_then_generate_then_evaluate(
     ],
 )
 def test_mistakes_end_with_one_line_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_vqllm: RunVqllm,
     words: tuple[str, ...],
     message: str,
 ) -> None:
-    code, _, errors = run(monkeypatch, capsys, *words)
+    code, _, errors = run_vqllm(*words)
     assert code == 1
     assert errors.startswith("error:")
     assert message in errors
