@@ -7,7 +7,7 @@ under the very configuration it was written with. Knows nothing of losses, data 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scq.errors import ScqError
-from scq.model import ScqAutoencoder
+from scq.model import ScqAutoencoder, load_model
 from scq.training_config import TrainConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -74,6 +74,20 @@ def restore_state(state: TrainingState, config: TrainConfig, path: Path) -> None
     state.model.load_state_dict(_with_prefix(tensors, "model."))
     state.average.load_state_dict(_with_prefix(tensors, "average."))
     _load_moments(state.optimizer, _with_prefix(tensors, "optimizer."))
+
+
+def start_from(state: TrainingState, config: TrainConfig, path: Path) -> None:
+    """Take a model's weights; the optimizer starts afresh. Raises ScqError: of another shape."""
+    model = load_model(path)
+    differing = [
+        name
+        for name, value in asdict(model.config).items()
+        if name != "name" and value != asdict(config.model)[name]
+    ]
+    if differing:
+        raise ScqError(f"{path}: differs from the config in {', '.join(differing)}")
+    for own in (state.model, state.average):
+        own.load_state_dict(model.state_dict())
 
 
 def _channels_last(model: ScqAutoencoder) -> ScqAutoencoder:

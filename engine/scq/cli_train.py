@@ -13,9 +13,11 @@ from scq.cli_shared import progress_bar
 from scq.data import ImageSet, load_images
 from scq.errors import ScqError
 from scq.experiments import experiment_names, load_experiment
+from scq.features import load_extractor
 from scq.training import TrainOptions, TrainProgress, TrainResult, train
 from scq.training_config import PRESETS, TrainConfig, reference_of
-from scq.training_parallel import current_team, process_group
+from scq.training_losses import Features
+from scq.training_parallel import choose_device, current_team, process_group
 from scq.training_tables import TableData, add_tables
 
 
@@ -37,6 +39,9 @@ def train_command(
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder, default runs/<name>.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Model to start from; the config says what goes on.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run in the output folder.")] = False,
     reference: Annotated[
@@ -60,7 +65,7 @@ def train_command(
     pictures = load_images(data)
     held_out = load_images(validation) if validation else None
     with process_group(device) as own_device:
-        options = TrainOptions(device=own_device, resume=resume)
+        options = TrainOptions(own_device, _features(settings, own_device), start, resume)
         result = _train(settings, pictures, held_out, folder, options)
         if not current_team().leads:
             return
@@ -72,6 +77,13 @@ def train_command(
     clips = tuple(load_images([clip]) for clip in video or ())
     model_hash = add_tables(result.model_path, TableData(pictures, clips))
     typer.echo(f"{name} ({model_hash[:8]})")
+
+
+def _features(settings: TrainConfig, device: str) -> Features | None:
+    """What a feature loss looks through; None where the config has none."""
+    if not settings.feature_weight:
+        return None
+    return load_extractor(device=choose_device(device)).stages
 
 
 def _train(

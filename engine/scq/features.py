@@ -81,16 +81,21 @@ class FeatureExtractor:
         if len(shapes) != 1 or any(p.dtype != np.uint8 or p.ndim != 3 for p in pictures):
             raise InvalidImage(f"pictures must be uint8 (H, W, 3) of one size, got {shapes}")
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        stages, pooled = self._network((pixels.float() - 127) / 128)
-        kept = [
-            functional.normalize(stage, dim=1)
-            for stage in stages
-            if min(stage.shape[2:]) >= _MIN_MAP_SIDE
-        ]
+        stages, pooled = self._see(pixels.float())
+        kept = [functional.normalize(stage, dim=1) for stage in _large_enough(stages)]
         return [
             PictureFeatures(tuple(stage[i] for stage in kept), pooled[i])
             for i in range(len(pictures))
         ]
+
+    def stages(self, pictures: Tensor) -> list[Tensor]:
+        """Maps of `extract`, differentiable and not normalised, of (B, 3, H, W) in [0, 1]."""
+        maps, _ = self._see(255 * pictures)
+        return _large_enough(maps)
+
+    def _see(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        seen: tuple[list[Tensor], Tensor] = self._network((pixels - 127) / 128)
+        return seen
 
 
 def feature_distance(reference: PictureFeatures, picture: PictureFeatures) -> float:
@@ -107,6 +112,10 @@ def feature_distance(reference: PictureFeatures, picture: PictureFeatures) -> fl
         for a, b in zip(reference.stages, picture.stages, strict=True)
     ]
     return float(torch.stack(distances).mean())
+
+
+def _large_enough(maps: Sequence[Tensor]) -> list[Tensor]:
+    return [stage for stage in maps if min(stage.shape[2:]) >= _MIN_MAP_SIDE]
 
 
 class EfficientNetLite0(nn.Module):
@@ -183,7 +192,9 @@ def default_weights_path() -> Path:
     )
 
 
-def load_extractor(path: Path | None = None) -> FeatureExtractor:
+def load_extractor(
+    path: Path | None = None, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
     """The extractor with fetched weights; None is `default_weights_path()`.
 
     Raises:
@@ -200,7 +211,7 @@ def load_extractor(path: Path | None = None) -> FeatureExtractor:
         raise ScqError(f"{path}: other weights than expected; remove it and fetch again")
     network = EfficientNetLite0()
     network.load_state_dict(tensors)
-    return FeatureExtractor(network)
+    return FeatureExtractor(network.to(device))
 
 
 def fetch_weights(

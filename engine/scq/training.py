@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from scq.checkpoint import new_state, restore_state, save_state
+from scq.checkpoint import new_state, restore_state, save_state, start_from
 from scq.data import ImageSet, to_tensor
 from scq.errors import ScqError
 from scq.lattice import reconstruct, search
@@ -77,11 +77,13 @@ class TrainOptions:
     """How a run is carried out, apart from what it is.
 
     `device`: auto, cpu, cuda or cuda:N. `features`: frozen network of the feature loss, needed
-    when the config weighs it. `resume`: continue from the output folder's checkpoint.
+    when the config weighs it. `start`: a model file whose weights the run starts from. `resume`:
+    continue from the output folder's checkpoint.
     """
 
     device: str = "auto"
     features: Features | None = None
+    start: Path | None = None
     resume: bool = False
 
 
@@ -146,7 +148,8 @@ def train(
 
     Raises:
         ScqError: a checkpoint of another run, labels that do not fit the classes, a device that
-            is not there, or a feature loss without features.
+            is not there, a feature loss without features, a run without identity steps and
+            without a model to start from, or one to start from that is of another shape.
     """
     options = options or TrainOptions()
     config = with_classes(config, images)
@@ -155,6 +158,8 @@ def train(
     _check_labels(config, images, validation)
     if config.feature_weight and options.features is None:
         raise ScqError("feature_weight is set; give TrainOptions.features, or set it to 0")
+    if config.identity_steps == 0 and options.start is None:
+        raise ScqError("identity_steps is 0; give a model to start from, or some identity steps")
     output.mkdir(parents=True, exist_ok=True)
     return Trainer(config, images, validation, output, options).run(progress or (lambda _: None))
 
@@ -190,6 +195,8 @@ class Trainer:
         self.validated = Validation()
         if options.resume:
             restore_state(self.state, config, output / "checkpoint.safetensors")
+        elif options.start is not None:
+            start_from(self.state, config, options.start)
 
     @property
     def phase(self) -> PhaseName:
@@ -241,7 +248,7 @@ class Trainer:
 
     def _enter_phase(self) -> None:
         config, state = self.config, self.state
-        if config.coded and state.step == config.identity_steps:
+        if config.coded and 0 < config.identity_steps == state.step:
             fit_codebook(state, config, self.images)
             self._share_codebook()
         if self.phase in _TRAINED:

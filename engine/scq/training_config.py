@@ -33,7 +33,8 @@ class TrainConfig:
     batches that are mixed, see `training_batches`; `saturation_weight` and `feature_weight` see
     `training_losses`. `head_crop` replaces `crop` in phase 5. `bfloat16` runs convolutions in
     bfloat16. With `coded` off, everything trains on unquantized latents in one long first phase:
-    the bound, and with no reconstruction weight the reference classifier.
+    the bound, and with no reconstruction weight the reference classifier. A run without identity
+    steps starts from a model and keeps its codebook.
 
     Raises:
         ScqError: a field out of range, naming it.
@@ -75,8 +76,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("identity_steps", "lattice_steps", "batch_size", "dead_code_interval"):
+        for name in ("batch_size", "dead_code_interval"):
             self._require(name, getattr(self, name) >= 1)
+        for name in ("identity_steps", "lattice_steps"):
+            self._require(name, getattr(self, name) >= 0)
         for name in ("validate_interval", "validation_images", "checkpoint_interval"):
             self._require(name, getattr(self, name) >= 1)
         for name in ("soft_steps", "finetune_steps", "weight_decay", "commitment", "class_weight"):
@@ -96,6 +99,7 @@ class TrainConfig:
         if self.head_crop is not None:
             self._require("head_crop", self.head_crop.size % self.model.stride == 0)
         self._require("reconstruction_weight", self.reconstruction_weight + self.class_weight > 0)
+        self._require("polish_steps", self.total_steps > 0)
 
     def _require(self, name: str, valid: bool) -> None:
         if not valid:

@@ -374,3 +374,22 @@ def test_tensorboard_events_hold_what_was_measured(tmp_path: Path) -> None:
     assert "class_loss" not in events.Tags()["scalars"]
     RunLog(tmp_path, keep=1).close()
     assert log_column(tmp_path, "step") == ["1"]
+
+
+def test_a_run_goes_on_from_a_model_and_changes_what_it_trains_only(tmp_path: Path) -> None:
+    images = two_colour_pictures()
+    first = train(replace(TINY, lattice_steps=4), images, tmp_path / "first").model_path
+    polish = replace(
+        TINY, identity_steps=0, soft_steps=0, lattice_steps=0, finetune_steps=0, head_steps=0,
+        polish_steps=3,
+    )  # fmt: skip
+    with pytest.raises(ScqError, match="identity_steps is 0"):
+        train(polish, images, tmp_path / "second")
+    options = TrainOptions(start=first)
+    second = train(polish, images, tmp_path / "second", options=options).model_path
+    before, after = load_model(first).state_dict(), load_model(second).state_dict()
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"decoder"}
+    wider = replace(polish, model=replace(polish.model, denominator=8))
+    with pytest.raises(ScqError, match="differs from the config in denominator"):
+        train(wider, images, tmp_path / "third", options=options)
