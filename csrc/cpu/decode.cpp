@@ -131,11 +131,20 @@ Projection describe(const vq_projection &given) {
   return projection;
 }
 
-ActivationSet make_activations(std::int64_t rows, std::int64_t columns) {
-  const auto in_features = static_cast<std::int32_t>(columns);
-  const std::int64_t codes = round_up(rows * padded_columns(in_features), 64);
-  const std::int64_t scales = round_up(rows * activation_groups(in_features) * kFloatBytes, 64);
-  const std::int64_t prefix = round_up(rows * prefix_length(in_features) * kFloatBytes, 64);
+// Columns of the widest activations of a projection.
+std::int64_t widest(const Projection &projection) {
+  std::int64_t columns = 0;
+  for (std::int32_t i = 0; i < projection.num_parts; ++i) {
+    columns = std::max<std::int64_t>(columns, projection.shapes[i].columns);
+  }
+  return columns;
+}
+
+ActivationSet make_activations(std::int64_t rows, std::int64_t width) {
+  const auto columns = static_cast<std::int32_t>(width);
+  const std::int64_t codes = round_up(rows * padded_columns(columns), 64);
+  const std::int64_t scales = round_up(rows * activation_groups(columns) * kFloatBytes, 64);
+  const std::int64_t prefix = round_up(rows * prefix_length(columns) * kFloatBytes, 64);
   ActivationSet set{{}, Buffer(codes + scales + prefix + rows * kFloatBytes + 64)};
   std::uint8_t *at = set.memory.bytes();
   set.buffers.q = reinterpret_cast<std::int8_t *>(at);
@@ -208,17 +217,21 @@ const float *vq_decoder::keep(const float *values, std::int64_t count) {
 
 void vq_decoder::load_layers(const vq_decoder_weights &weights) {
   const vq_decoder_config &c = config;
-  const std::int64_t qkv = std::int64_t{c.num_heads + 2 * c.num_kv_heads} * c.head_dim;
   for (std::int32_t i = 0; i < c.num_layers; ++i) {
     const vq_decoder_layer &given = weights.layers[i];
     layers_.push_back({keep(given.input_norm, c.hidden_size),
-                       keep(given.post_attention_norm, c.hidden_size),
-                       keep(given.qkv_bias, qkv), keep(given.output_bias, c.hidden_size),
-                       vq::describe(given.qkv), vq::describe(given.output),
-                       vq::describe(given.gate_up), vq::describe(given.down),
-                       given.sliding_window});
+                       keep(given.post_attention_norm, c.hidden_size), vq::describe(given.qkv),
+                       vq::describe(given.output), vq::describe(given.gate_up),
+                       vq::describe(given.down), given.sliding_window});
   }
   head_ = vq::describe({{weights.head, nullptr, nullptr}});
+  widest_columns_ = vq::widest(head_);
+  for (const vq::Layer &layer : layers_) {
+    for (const vq::Projection *projection :
+         {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+      widest_columns_ = std::max(widest_columns_, vq::widest(*projection));
+    }
+  }
   final_norm_ = keep(weights.final_norm, c.hidden_size);
   weights_.layers = nullptr;  // the caller's array may go
   weights_.final_norm = nullptr;
@@ -244,7 +257,7 @@ void vq_decoder::reserve_scratch() {
   gate_up_ = floats(rows * gate_stride_);
   update_ = floats(rows * hidden_stride_);
   for (std::int32_t i = 0; i < VQ_MAX_PARTS; ++i) {
-    shared_.push_back(vq::make_activations(rows, widest_));
+    shared_.push_back(vq::make_activations(rows, widest_columns_));
   }
   scores_stride_ = vq::round_up(c.num_positions, vq::kKvBlock);
   const std::int64_t scores = vq::kMaxQueries * scores_stride_;
@@ -256,7 +269,7 @@ void vq_decoder::reserve_scratch() {
     scratch.space = scratch.rotated + widest_;
     scratch.scores = scratch.space + widest_;
     threads_.push_back(std::move(scratch));
-    private_.push_back(vq::make_activations(1, widest_));
+    private_.push_back(vq::make_activations(1, widest_columns_));
   }
   rows_.reserve(static_cast<std::size_t>(rows));
   spans_.reserve(static_cast<std::size_t>(rows));

@@ -74,8 +74,6 @@ struct Projection {
 struct Layer {
   const float *input_norm;
   const float *post_attention_norm;
-  const float *bias;         // of q, k, v; or nullptr
-  const float *output_bias;  // or nullptr
   Projection qkv, output, gate_up, down;
   std::int32_t sliding_window;
 };
@@ -140,6 +138,7 @@ struct vq_decoder {
   // Scratch of a pass of several rows, [max_rows][...] each.
   std::int64_t hidden_stride_ = 0, inner_stride_ = 0, qkv_stride_ = 0, gate_stride_ = 0;
   std::int64_t context_stride_ = 0, scores_stride_ = 0, widest_ = 0;
+  std::int64_t widest_columns_ = 0;  // of quantized activations
   float query_scale_ = 1.0f;
   bool is_profiling_ = false;
   vq::Buffer residual_, normed_, qkv_, context_, gate_up_, update_;

@@ -244,7 +244,7 @@ struct vq_decoder::Part {
       normalize(residual(row), layer.input_norm, x);
     });
     end_phase(VQ_PHASE_QKV);
-    write_cache(i, layer.bias);
+    write_cache(i);
     end_phase(VQ_PHASE_CACHE);
     attend(i);
     end_phase(VQ_PHASE_ATTENTION);
@@ -256,9 +256,6 @@ struct vq_decoder::Part {
     project(layer.gate_up, num_rows, d.gate_up_.floats(), d.gate_stride_,
             [&](std::int32_t row, float *x) {
               add_update(row);
-              if (layer.output_bias != nullptr) {
-                ops.add(residual(row), layer.output_bias, config.hidden_size);
-              }
               normalize(residual(row), layer.post_attention_norm, x);
             });
     end_phase(VQ_PHASE_GATE_UP);
@@ -376,7 +373,7 @@ struct vq_decoder::Part {
                                  set.buffers.prefix,
                                  shape.has_column_bias != 0 ? set.buffers.offsets : nullptr,
                                  rows,
-                                 shape.in_features};
+                                 shape.columns};
     vq::multiply_panels(matrix, inputs, outputs, stride, begin, end);
   }
 
@@ -386,7 +383,7 @@ struct vq_decoder::Part {
 
   // ---- Attention ----
 
-  void write_cache(std::int32_t layer, const float *bias) {
+  void write_cache(std::int32_t layer) {
     const std::int32_t heads = config.num_heads + 2 * config.num_kv_heads;
     const std::int64_t items = std::int64_t{num_rows} * heads;
     const std::int32_t end = split(items, index + 1);
@@ -394,7 +391,6 @@ struct vq_decoder::Part {
       const std::int32_t row = item / heads;
       const std::int32_t head = item % heads;
       float *x = decoder.qkv_.floats() + row * decoder.qkv_stride_ + head * config.head_dim;
-      if (bias != nullptr) ops.add(x, bias + head * config.head_dim, config.head_dim);
       finish_head(layer, row, head, x);
     }
   }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "dispatch.hpp"
@@ -17,14 +18,42 @@
 #include "pool.hpp"
 #include "rounding.hpp"
 
+namespace vq {
+namespace {
+
+// Parts that lie side by side in the same rows, which are cut into panels of equal work.
+struct Band {
+  std::size_t first_part = 0;
+  std::size_t end_part = 0;
+  std::int32_t row_begin = 0;
+  std::int32_t row_end = 0;
+  std::int32_t panel_begin = 0;
+  std::int32_t panel_end = 0;
+  std::int32_t panel_rows = 0;
+  double panel_cost = 0.0;
+};
+
+// Inputs that share an activation scale.
+struct InputGroup {
+  std::int32_t begin;
+  std::int32_t count;
+};
+
+}  // namespace
+}  // namespace vq
+
 struct vq_matrix {
   std::int32_t in_features = 0;
+  std::int32_t columns = 0;
   std::int32_t out_features = 0;
   std::int32_t num_panels = 0;
   std::vector<vq::PackedPart> parts;
+  std::vector<vq::Band> bands;
+  std::vector<vq::InputGroup> groups;
   std::vector<std::int32_t> permutation;
   std::vector<float> column_scales;
   std::vector<float> column_bias;
+  std::vector<float> row_bias;
   std::unique_ptr<std::uint8_t, decltype(&std::free)> owned{nullptr, &std::free};
 };
 
@@ -97,16 +126,16 @@ void gather_columns(const vq_matrix &matrix, const float *x, std::int32_t column
 bool quantize_row(const vq_matrix &matrix, const float *x, std::int8_t *q, float *scales,
                   std::int32_t *prefix) {
   prefix[0] = 0;
-  for (std::int32_t g = 0; g < activation_groups(matrix.in_features); ++g) {
+  for (const InputGroup &group : matrix.groups) {
     alignas(64) float values[kActivationGroup];
-    const std::int32_t column = g * kActivationGroup;
-    const std::int32_t count = std::min(kActivationGroup, matrix.in_features - column);
-    gather_columns(matrix, x, column, count, values);
-    std::fill(values + count, values + kActivationGroup, 0.0f);
-    if (!quantize_group(values, q + column, scales + g,
-                        prefix + g * (kActivationGroup / kPrefixStep))) {
+    gather_columns(matrix, x, group.begin, group.count, values);
+    std::fill(values + group.count, values + kActivationGroup, 0.0f);
+    if (!quantize_group(values, q, scales, prefix)) {
       return false;
     }
+    q += kActivationGroup;
+    scales += 1;
+    prefix += kActivationGroup / kPrefixStep;
   }
   return true;
 }
@@ -210,7 +239,8 @@ ExactScratch &exact_scratch() {
 
 struct ExactJob {
   const MatrixPart *part;
-  const float *x;  // transformed, [batch][in_features]
+  const float *x;  // transformed, [batch][x_stride]
+  std::int64_t x_stride;
   const float *offsets;
   std::int32_t batch;
   float *y;
@@ -227,27 +257,76 @@ void exact_panel(const ExactJob &job, std::int32_t panel, float *weights) {
     const std::int32_t count = std::min(kActivationGroup, part.in_features - column);
     exact_weights(part, panel, column, padded, weights);
     for (std::int32_t b = 0; b < job.batch; ++b) {
-      const float *x = job.x + std::int64_t{b} * part.in_features + column;
+      const float *x = job.x + b * job.x_stride + part.input_begin + column;
       float *y = job.y + b * job.y_stride + part.row_begin + base;
       for (std::int32_t row = 0; row < rows; ++row) {
         const float dot = dot_floats(x, weights + row * padded, count);
-        y[row] = (column == 0 ? job.offsets[b] : y[row]) + dot;
+        y[row] = (column == 0 && part.begins_rows ? job.offsets[b] : y[row]) + dot;
       }
+    }
+  }
+}
+
+// Row n of the part, at the places of its columns.
+void read_part(const vq_matrix &matrix, const MatrixPart &part, std::int32_t n, float *row) {
+  const std::int32_t panel = n / part.panel_rows;
+  const std::int32_t lane = n % part.panel_rows;
+  float weights[kMaxPairs * kPairRows * kChunkColumns];
+  for (std::int32_t column = 0; column < part.columns; column += kChunkColumns) {
+    exact_weights(part, panel, column, kChunkColumns, weights);
+    const std::int32_t count = std::min(kChunkColumns, part.in_features - column);
+    for (std::int32_t c = 0; c < count; ++c) {
+      const auto input = static_cast<std::size_t>(part.input_begin + column + c);
+      const std::size_t at = matrix.permutation.empty()
+                                 ? input
+                                 : static_cast<std::size_t>(matrix.permutation[input]);
+      const float scale = matrix.column_scales.empty() ? 1.0f : matrix.column_scales[at];
+      const float bias = matrix.column_bias.empty() ? 0.0f : matrix.column_bias[at];
+      row[at] = weights[lane * kChunkColumns + c] * scale + bias;
     }
   }
 }
 
 // ---- splits ----
 
-// Calls visit(part, begin, end) with panels numbered from the part's first.
+// The columns that the part reads; offsets are for the last part of a row.
+Activations activations_of(const MatrixPart &part, const Activations &x) {
+  Activations own = x;
+  own.q += part.column_begin;
+  own.scales += part.column_begin / kActivationGroup;
+  own.prefix += part.column_begin / kPrefixStep;
+  own.offsets = part.ends_rows ? x.offsets : nullptr;
+  return own;
+}
+
+// Calls visit(part, begin, end) with panels numbered from the part's first, in the order of parts.
 template <class Visit>
 void for_parts(const vq_matrix &matrix, std::int32_t begin, std::int32_t end, const Visit &visit) {
-  for (const PackedPart &packed : matrix.parts) {
-    const MatrixPart &part = packed.part;
-    const std::int32_t from = std::max(begin, part.panel_begin);
-    const std::int32_t to = std::min(end, part.panel_begin + part.num_panels);
-    if (from < to) {
-      visit(part, from - part.panel_begin, to - part.panel_begin);
+  for (const Band &band : matrix.bands) {
+    const std::int32_t from = std::max(begin, band.panel_begin) - band.panel_begin;
+    const std::int32_t to = std::min(end, band.panel_end) - band.panel_begin;
+    for (std::size_t i = band.first_part; from < to && i < band.end_part; ++i) {
+      const MatrixPart &part = matrix.parts[i].part;
+      visit(part, from * part.panels_at_once, std::min(to * part.panels_at_once, part.num_panels));
+    }
+  }
+}
+
+// Adds row_bias to the rows of the panels [begin, end).
+void add_row_bias(const vq_matrix &matrix, std::int32_t begin, std::int32_t end, std::int32_t batch,
+                  float *y, std::int64_t y_stride) {
+  if (matrix.row_bias.empty()) {
+    return;
+  }
+  for (const Band &band : matrix.bands) {
+    const std::int32_t from = std::max(begin, band.panel_begin) - band.panel_begin;
+    const std::int32_t to = std::min(end, band.panel_end) - band.panel_begin;
+    const std::int32_t first = band.row_begin + from * band.panel_rows;
+    const std::int32_t last = std::min(band.row_end, band.row_begin + to * band.panel_rows);
+    for (std::int64_t b = 0; b < batch; ++b) {
+      for (std::int32_t row = first; row < last; ++row) {
+        y[b * y_stride + row] += matrix.row_bias[static_cast<std::size_t>(row)];
+      }
     }
   }
 }
@@ -275,6 +354,33 @@ double panel_cost(const MatrixPart &part) {
 
 // ---- creation ----
 
+// Parts in the rows of parts[first], itself included.
+std::int32_t parts_beside(const vq_matrix_part *parts, std::int32_t num_parts, std::int32_t first) {
+  std::int32_t end = first + 1;
+  while (end < num_parts && parts[end].extends_columns != 0) {
+    ++end;
+  }
+  return end - first;
+}
+
+// Whether all rows are cut at the same columns, and only vectors are.
+bool check_columns(const vq_matrix_part *parts, std::int32_t num_parts) {
+  const std::int32_t width = parts_beside(parts, num_parts, 0);
+  std::int64_t columns = 0;
+  for (std::int32_t i = 0; i < num_parts; ++i) {
+    const vq_matrix_part &part = parts[i];
+    const bool extends = i % width != 0;
+    columns += i < width ? part.in_features : 0;
+    if (part.extends_columns != (extends ? 1 : 0) ||
+        part.in_features != parts[i % width].in_features ||
+        (width > 1 && part.kind != VQ_MATRIX_VQ) ||
+        (extends && part.out_features != parts[i - 1].out_features)) {
+      return false;
+    }
+  }
+  return num_parts % width == 0 && columns <= VQ_MAX_FEATURES;
+}
+
 std::int32_t check_parts(const vq_matrix_part *parts, std::int32_t num_parts, bool is_packed) {
   if (parts == nullptr) {
     return VQ_ERR_NULL;
@@ -284,16 +390,19 @@ std::int32_t check_parts(const vq_matrix_part *parts, std::int32_t num_parts, bo
   }
   for (std::int32_t i = 0; i < num_parts; ++i) {
     const std::int32_t status = check_part(parts[i], is_packed);
-    if (status != VQ_OK || parts[i].in_features != parts[0].in_features) {
-      return status != VQ_OK ? status : std::int32_t{VQ_ERR_SHAPE};
+    if (status != VQ_OK) {
+      return status;
     }
   }
-  return VQ_OK;
+  return check_columns(parts, num_parts) ? VQ_OK : VQ_ERR_SHAPE;
 }
 
-std::int32_t copy_input(const vq_matrix_input *input, vq_matrix &matrix) {
+std::int32_t copy_transform(const vq_matrix_transform *input, vq_matrix &matrix) {
   if (input == nullptr) {
     return VQ_OK;
+  }
+  if (input->row_bias != nullptr) {
+    matrix.row_bias.assign(input->row_bias, input->row_bias + matrix.out_features);
   }
   const auto count = static_cast<std::size_t>(matrix.in_features);
   if (input->permutation != nullptr) {
@@ -321,24 +430,65 @@ std::int64_t total_bytes(const vq_matrix_part *parts, std::int32_t num_parts) {
   return bytes;
 }
 
-void add_part(const vq_matrix_part &source, std::uint8_t *memory, bool is_packed,
-              vq_matrix &matrix) {
-  matrix.parts.emplace_back();
-  PackedPart &packed = matrix.parts.back();
-  place_part(source, memory, packed);
-  packed.part.row_begin = matrix.out_features;
-  packed.part.panel_begin = matrix.num_panels;
-  matrix.out_features += packed.part.rows;
-  matrix.num_panels += packed.part.num_panels;
-  if (!is_packed) {
-    fill_part(source, memory, packed);
+// Parts side by side, packed one behind the other; returns where the next may go.
+std::uint8_t *add_band(const vq_matrix_part *sources, std::int32_t width, std::uint8_t *memory,
+                       bool is_packed, vq_matrix &matrix) {
+  Band band;
+  band.first_part = matrix.parts.size();
+  band.end_part = band.first_part + static_cast<std::size_t>(width);
+  band.row_begin = matrix.out_features;
+  band.row_end = band.row_begin + sources[0].out_features;
+  band.panel_begin = matrix.num_panels;
+  band.panel_rows = 1;
+  std::int32_t input = 0;
+  std::int32_t column = 0;
+  for (std::int32_t i = 0; i < width; ++i) {
+    matrix.parts.emplace_back();
+    PackedPart &packed = matrix.parts.back();
+    place_part(sources[i], memory, packed);
+    MatrixPart &part = packed.part;
+    part.row_begin = band.row_begin;
+    part.begins_rows = i == 0;
+    part.ends_rows = i + 1 == width;
+    part.input_begin = input;
+    part.column_begin = column;
+    input += part.in_features;
+    column += padded_columns(part.in_features);
+    band.panel_rows = std::lcm(band.panel_rows, part.panel_rows);
+    if (!is_packed) {
+      fill_part(sources[i], memory, packed);
+    }
+    memory += packed_bytes(sources[i]);
+  }
+  for (std::size_t i = band.first_part; i < band.end_part; ++i) {
+    MatrixPart &part = matrix.parts[i].part;
+    part.panels_at_once = band.panel_rows / part.panel_rows;
+    band.panel_cost += panel_cost(part) * part.panels_at_once * part.columns;
+  }
+  band.panel_end =
+      band.panel_begin + (sources[0].out_features + band.panel_rows - 1) / band.panel_rows;
+  matrix.out_features = band.row_end;
+  matrix.num_panels = band.panel_end;
+  matrix.bands.push_back(band);
+  return memory;
+}
+
+// Every run of columns starts a group.
+void cut_inputs(vq_matrix &matrix) {
+  for (std::size_t i = 0; i < matrix.bands[0].end_part; ++i) {
+    const MatrixPart &part = matrix.parts[i].part;
+    for (std::int32_t at = 0; at < part.in_features; at += kActivationGroup) {
+      const std::int32_t count = std::min(kActivationGroup, part.in_features - at);
+      matrix.groups.push_back({part.input_begin + at, count});
+    }
+    matrix.in_features = part.input_begin + part.in_features;
+    matrix.columns = part.column_begin + part.in_features;
   }
 }
 
 std::unique_ptr<vq_matrix> make_matrix(const vq_matrix_part *parts, std::int32_t num_parts,
                                        std::uint8_t *memory, bool is_packed) {
   std::unique_ptr<vq_matrix> matrix(new vq_matrix);
-  matrix->in_features = parts[0].in_features;
   if (memory == nullptr) {
     const auto bytes = static_cast<std::size_t>(total_bytes(parts, num_parts));
     memory = static_cast<std::uint8_t *>(std::aligned_alloc(kAlignment, bytes));
@@ -347,10 +497,11 @@ std::unique_ptr<vq_matrix> make_matrix(const vq_matrix_part *parts, std::int32_t
     }
     matrix->owned.reset(memory);
   }
-  for (std::int32_t i = 0; i < num_parts; ++i) {
-    add_part(parts[i], memory, is_packed, *matrix);
-    memory += packed_bytes(parts[i]);
+  const std::int32_t width = parts_beside(parts, num_parts, 0);
+  for (std::int32_t i = 0; i < num_parts; i += width) {
+    memory = add_band(parts + i, width, memory, is_packed, *matrix);
   }
+  cut_inputs(*matrix);
   return matrix;
 }
 
@@ -366,17 +517,16 @@ struct Scratch {
 Activations quantize_batch(const vq_matrix &matrix, const float *x, std::int32_t batch,
                            Scratch &scratch, std::int32_t *status) {
   const auto rows = static_cast<std::size_t>(batch);
-  const std::int32_t in = matrix.in_features;
-  scratch.q.resize(rows * static_cast<std::size_t>(padded_columns(in)));
-  scratch.scales.resize(rows * static_cast<std::size_t>(activation_groups(in)));
-  scratch.prefix.resize(rows * static_cast<std::size_t>(prefix_length(in)));
+  scratch.q.resize(rows * static_cast<std::size_t>(padded_columns(matrix.columns)));
+  scratch.scales.resize(rows * static_cast<std::size_t>(activation_groups(matrix.columns)));
+  scratch.prefix.resize(rows * static_cast<std::size_t>(prefix_length(matrix.columns)));
   scratch.offsets.resize(rows);
   const ActivationBuffers buffers{scratch.q.data(), scratch.scales.data(), scratch.prefix.data(),
                                   scratch.offsets.data()};
-  *status = quantize_rows(matrix, x, in, 0, batch, buffers);
+  *status = quantize_rows(matrix, x, matrix.in_features, 0, batch, buffers);
   return {buffers.q,      buffers.scales,
           buffers.prefix, matrix.column_bias.empty() ? nullptr : buffers.offsets,
-          batch,          in};
+          batch,          matrix.columns};
 }
 
 struct MultiplyJob {
@@ -429,19 +579,23 @@ std::int32_t multiply(const vq_matrix &matrix, const float *x, std::int32_t batc
 }  // namespace
 
 MatrixShape shape_of(const vq_matrix &matrix) {
-  return {matrix.in_features, matrix.out_features, matrix.num_panels,
-          !matrix.permutation.empty() || !matrix.column_scales.empty(),
+  const bool has_transform = !matrix.permutation.empty() || !matrix.column_scales.empty();
+  return {matrix.in_features,
+          matrix.columns,
+          matrix.out_features,
+          matrix.num_panels,
+          has_transform || matrix.bands[0].end_part > 1,
           !matrix.column_bias.empty()};
 }
 
 std::int32_t quantize_rows(const vq_matrix &matrix, const float *x, std::int64_t x_stride,
                            std::int32_t row, std::int32_t count, const ActivationBuffers &buffers) {
-  const std::int32_t in = matrix.in_features;
+  const std::int32_t columns = matrix.columns;
   for (std::int64_t b = row; b < row + count; ++b) {
     const float *values = x + (b - row) * x_stride;
-    if (!quantize_row(matrix, values, buffers.q + b * padded_columns(in),
-                      buffers.scales + b * activation_groups(in),
-                      buffers.prefix + b * prefix_length(in))) {
+    if (!quantize_row(matrix, values, buffers.q + b * padded_columns(columns),
+                      buffers.scales + b * activation_groups(columns),
+                      buffers.prefix + b * prefix_length(columns))) {
       return VQ_ERR_NONFINITE;
     }
     if (buffers.offsets != nullptr) {
@@ -456,8 +610,9 @@ void multiply_panels(const vq_matrix &matrix, const Activations &x, float *y, st
   const MatrixPanelsFn panels = matrix_ops().panels;
   for_parts(matrix, panel_begin, panel_end,
             [&](const MatrixPart &part, std::int32_t begin, std::int32_t end) {
-              panels(MatrixJob{&part, x, y, y_stride}, begin, end);
+              panels(MatrixJob{&part, activations_of(part, x), y, y_stride}, begin, end);
             });
+  add_row_bias(matrix, panel_begin, panel_end, x.batch, y, y_stride);
 }
 
 std::int32_t multiply_panels_exact(const vq_matrix &matrix, const float *x, std::int64_t x_stride,
@@ -479,50 +634,37 @@ std::int32_t multiply_panels_exact(const vq_matrix &matrix, const float *x, std:
   }
   for_parts(matrix, panel_begin, panel_end,
             [&](const MatrixPart &part, std::int32_t begin, std::int32_t end) {
-              const ExactJob job{&part, scratch.x.data(), offsets, batch, y, y_stride};
+              const ExactJob job{&part,   scratch.x.data(), matrix.in_features, offsets, batch,
+                                 y,       y_stride};
               for (std::int32_t panel = begin; panel < end; ++panel) {
                 exact_panel(job, panel, scratch.weights.data());
               }
             });
+  add_row_bias(matrix, panel_begin, panel_end, batch, y, y_stride);
   return VQ_OK;
 }
 
 std::int32_t split_begin(const vq_matrix &matrix, std::int32_t index, std::int32_t count) {
   double total = 0.0;
-  for (const PackedPart &packed : matrix.parts) {
-    total += panel_cost(packed.part) * packed.part.num_panels;
+  for (const Band &band : matrix.bands) {
+    total += band.panel_cost * (band.panel_end - band.panel_begin);
   }
   double before = total * index / count;
-  for (const PackedPart &packed : matrix.parts) {
-    const double cost = panel_cost(packed.part);
-    if (before < cost * packed.part.num_panels) {
-      return packed.part.panel_begin + static_cast<std::int32_t>(before / cost + 0.5);
+  for (const Band &band : matrix.bands) {
+    const double cost = band.panel_cost * (band.panel_end - band.panel_begin);
+    if (before < cost) {
+      return band.panel_begin + static_cast<std::int32_t>(before / band.panel_cost + 0.5);
     }
-    before -= cost * packed.part.num_panels;
+    before -= cost;
   }
   return matrix.num_panels;
 }
 
 void read_row(const vq_matrix &matrix, std::int32_t n, float *row) {
-  const auto owner = std::find_if(matrix.parts.begin(), matrix.parts.end(), [n](const auto &p) {
-    return n < p.part.row_begin + p.part.rows;
-  });
-  const MatrixPart &part = owner->part;
-  const std::int32_t panel = (n - part.row_begin) / part.panel_rows;
-  const std::int32_t lane = (n - part.row_begin) % part.panel_rows;
-  float weights[kMaxPairs * kPairRows * kChunkColumns];
-  for (std::int32_t column = 0; column < part.columns; column += kChunkColumns) {
-    exact_weights(part, panel, column, kChunkColumns, weights);
-    const std::int32_t count = std::min(kChunkColumns, part.in_features - column);
-    for (std::int32_t c = 0; c < count; ++c) {
-      const std::int32_t to = matrix.permutation.empty()
-                                  ? column + c
-                                  : matrix.permutation[static_cast<std::size_t>(column + c)];
-      const auto at = static_cast<std::size_t>(to);
-      const float scale = matrix.column_scales.empty() ? 1.0f : matrix.column_scales[at];
-      const float bias = matrix.column_bias.empty() ? 0.0f : matrix.column_bias[at];
-      row[to] = weights[lane * kChunkColumns + c] * scale + bias;
-    }
+  const auto owner = std::find_if(matrix.bands.begin(), matrix.bands.end(),
+                                  [n](const Band &band) { return n < band.row_end; });
+  for (std::size_t i = owner->first_part; i < owner->end_part; ++i) {
+    read_part(matrix, matrix.parts[i].part, n - owner->row_begin, row);
   }
 }
 
@@ -541,8 +683,8 @@ std::int32_t vq_matrix_get_size(const vq_matrix_part *parts, std::int32_t num_pa
 }
 
 std::int32_t vq_matrix_create(const vq_matrix_part *parts, std::int32_t num_parts,
-                              const vq_matrix_input *input, void *memory, std::int32_t is_packed,
-                              vq_matrix **matrix) {
+                              const vq_matrix_transform *transform, void *memory,
+                              std::int32_t is_packed, vq_matrix **matrix) {
   if (matrix == nullptr) {
     return VQ_ERR_NULL;
   }
@@ -554,7 +696,7 @@ std::int32_t vq_matrix_create(const vq_matrix_part *parts, std::int32_t num_part
   try {
     std::unique_ptr<vq_matrix> made =
         vq::make_matrix(parts, num_parts, static_cast<std::uint8_t *>(memory), is_packed != 0);
-    status = vq::copy_input(input, *made);
+    status = vq::copy_transform(transform, *made);
     *matrix = status == VQ_OK ? made.release() : nullptr;
   } catch (const std::bad_alloc &) {
     status = VQ_ERR_MEMORY;

@@ -14,26 +14,26 @@ constexpr std::int32_t kActivationGroup = 128;
 // Columns between two entries of Activations::prefix.
 constexpr std::int32_t kPrefixStep = 32;
 
-// Lengths of one row's arrays, for a matrix with in_features columns.
-static constexpr std::int32_t activation_groups(std::int32_t in_features) {
-  return (in_features + kActivationGroup - 1) / kActivationGroup;
+// Lengths of one row's arrays, for MatrixShape::columns.
+static constexpr std::int32_t activation_groups(std::int32_t columns) {
+  return (columns + kActivationGroup - 1) / kActivationGroup;
 }
-static constexpr std::int32_t padded_columns(std::int32_t in_features) {
-  return activation_groups(in_features) * kActivationGroup;
+static constexpr std::int32_t padded_columns(std::int32_t columns) {
+  return activation_groups(columns) * kActivationGroup;
 }
-static constexpr std::int32_t prefix_length(std::int32_t in_features) {
-  return padded_columns(in_features) / kPrefixStep + 1;
+static constexpr std::int32_t prefix_length(std::int32_t columns) {
+  return padded_columns(columns) / kPrefixStep + 1;
 }
 
 // Rows of x as int8: x[b][k] ~ scales[b][k / 128] * q[b][k]. Rows of every array follow each other
-// without gaps; q is zero beyond in_features and best aligned to 64 bytes.
+// without gaps; q is zero beyond the columns and best aligned to 64 bytes.
 struct Activations {
   const std::int8_t *q;        // [batch][padded_columns]
   const float *scales;         // [batch][activation_groups]
   const std::int32_t *prefix;  // [batch][prefix_length], prefix[i] = sum of q[0 .. 32 i)
   const float *offsets;        // [batch], added to every output of the row; nullptr means 0
   std::int32_t batch;
-  std::int32_t in_features;
+  std::int32_t columns;
 };
 
 // The same arrays, writable.
@@ -47,9 +47,10 @@ struct ActivationBuffers {
 // Facts of a matrix that a caller needs for buffers and splits.
 struct MatrixShape {
   std::int32_t in_features;
+  std::int32_t columns;       // of Activations: in_features, more where parts lie side by side
   std::int32_t out_features;  // rows of all stacked parts
-  std::int32_t num_panels;
-  std::int32_t has_transform;    // permutes or scales its input: shares no Activations
+  std::int32_t num_panels;    // what work is split by: runs of rows
+  std::int32_t has_transform;    // arranges or scales its input: shares no Activations
   std::int32_t has_column_bias;  // needs ActivationBuffers::offsets
 };
 MatrixShape shape_of(const vq_matrix &matrix);
@@ -60,8 +61,8 @@ MatrixShape shape_of(const vq_matrix &matrix);
 std::int32_t quantize_rows(const vq_matrix &matrix, const float *x, std::int64_t x_stride,
                            std::int32_t row, std::int32_t count, const ActivationBuffers &buffers);
 
-// y[b * y_stride + n] = sum_k x[b][k] * W[n][k] + offsets[b] for the rows n of the panels
-// [panel_begin, panel_end). y addresses row 0 of the matrix; other rows are left alone. Every tier,
+// y[b * y_stride + n] = sum_k x[b][k] * W[n][k] + offsets[b] + row_bias[n] for the rows n of the
+// panels [panel_begin, panel_end). y addresses row 0 of the matrix; other rows are left alone. Every tier,
 // batch and split gives the same bits.
 void multiply_panels(const vq_matrix &matrix, const Activations &x, float *y, std::int64_t y_stride,
                      std::int32_t panel_begin, std::int32_t panel_end);

@@ -266,9 +266,9 @@ template <class Decoder, int kRows>
 void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PairSlice &slice,
                     std::int32_t row) {
   const MatrixPart &part = *job.part;
-  const std::int64_t stride = padded_columns(part.in_features);
-  const std::int64_t groups = activation_groups(part.in_features);
-  const std::int64_t prefixes = prefix_length(part.in_features);
+  const std::int64_t stride = padded_columns(job.x.columns);
+  const std::int64_t groups = activation_groups(job.x.columns);
+  const std::int64_t prefixes = prefix_length(job.x.columns);
   const std::int8_t *q = job.x.q + row * stride;
   const float *x_scales = job.x.scales + row * groups;
   const std::int32_t *prefix = job.x.prefix + row * prefixes;
@@ -330,7 +330,7 @@ void multiply_batch(const MatrixJob &job, std::int32_t begin, std::int32_t end) 
   const MatrixPart &part = *job.part;
   const MatrixStage &stage = part.stages[0];
   const Decoder decoder(stage);
-  const std::int32_t fitting = kBatchBytes / padded_columns(part.in_features);
+  const std::int32_t fitting = kBatchBytes / padded_columns(job.x.columns);
   const std::int32_t chunk = std::max(fitting / kRowsAtOnce, 1) * kRowsAtOnce;
   for (std::int32_t row = 0; row < job.x.batch; row += chunk) {
     for (std::int32_t panel = begin; panel < end; ++panel) {
@@ -477,8 +477,8 @@ void multiply_vectors(const MatrixJob &job, std::int32_t begin, std::int32_t end
         multiply_pairs<Tier>(job, stage, panel, row, batch, lanes);
         for (std::int32_t b = 0; b < batch; ++b) {
           float *y = job.y + (row + b) * job.y_stride + part.row_begin + base;
-          store_gathered(job, lanes + b * lane_count, lane_of, valid, row + b, s == 0,
-                         s + 1 == part.num_stages, y);
+          store_gathered(job, lanes + b * lane_count, lane_of, valid, row + b,
+                         s == 0 && part.begins_rows, s + 1 == part.num_stages, y);
         }
       }
     }

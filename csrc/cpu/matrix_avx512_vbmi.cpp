@@ -294,7 +294,7 @@ template <int kEntry>
 void multiply_large(const MatrixJob &job, const MatrixStage &stage, const std::uint8_t *codes,
                     float *lanes) {
   constexpr int kPairs = 8 * kEntry / kPairRows;
-  const Entries<kEntry> entries(stage.table);
+  const Entries<kEntry> entries(stage.entries);
   const MatrixPart &part = *job.part;
   for (std::int32_t i = 0; i < kPairs * kPairRows; ++i) {
     lanes[i] = 0.0f;
@@ -331,7 +331,7 @@ void multiply_large(const MatrixJob &job, const MatrixStage &stage, const std::u
 template <int kEntry>
 void decode_large(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t num_blocks,
                   std::uint8_t *tile) {
-  const Entries<kEntry> entries(stage.table);
+  const Entries<kEntry> entries(stage.entries);
   for (std::int32_t pair = 0; pair < stage.pairs; ++pair) {
     for (std::int32_t block = 0; block < num_blocks; ++block) {
       __m512i w[2];

@@ -101,7 +101,7 @@ void decode_tcq(const MatrixStage &stage, const std::uint8_t *codes, std::int32_
 // Components 2 * pair and 2 * pair + 1 of 8 index rows.
 void decode_vq_small(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t num_blocks,
                      std::uint8_t *tile) {
-  for (std::int32_t component = 0; component < stage.vector_length; ++component) {
+  for (std::int32_t component = 0; component < 2 * stage.pairs; ++component) {
     const std::uint8_t *table = stage.table + component * 256;
     for (std::int32_t block = 0; block < num_blocks; ++block) {
       std::uint8_t *out = block_of(tile, num_blocks, component / 2, block, component % 2);
@@ -119,7 +119,7 @@ void decode_vq_large(const MatrixStage &stage, const std::uint8_t *codes, std::i
     for (std::int32_t i = 0; i < kBlockBytes; ++i) {
       std::uint16_t index;
       std::memcpy(&index, codes + (block * kBlockBytes + i) * 2, sizeof index);
-      const std::uint8_t *values = stage.table + std::int64_t{index} * entry;
+      const std::uint8_t *values = stage.entries + std::int64_t{index} * entry;
       for (std::int32_t component = 0; component < entry; ++component) {
         const std::int32_t row = i / kBlock * entry + component;  // over all row sets
         std::uint8_t *out = block_of(tile, num_blocks, row / kPairRows, block, row / kBlock % 2);

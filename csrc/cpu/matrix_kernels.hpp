@@ -16,9 +16,9 @@
 //         (bits bytes per column). A state reaches back into the frame before, at most two bytes;
 //         the first panel follows a panel of zeros.
 //   VQ    8 index rows per panel, one index = vector_length rows. Per 8 columns 64 indices [8][8],
-//         uint8 for up to 256 codes (row set = one component of 8 index rows), else uint16 (row set
-//         = the components of an index row, padded to 8 or halved if they are 16; of two index rows
-//         if they are 4).
+//         uint8 for up to 256 codes (row set = one component of 8 index rows; an odd number of them
+//         gets one of zeros), else uint16 (components padded to 4, 8 or 16; row set = those of an
+//         index row, of two index rows if they are 4, or half of them if they are 16).
 //
 // y = sum over stages of (sum over segments, in order, of float(dot - zero * sum) * (scale * x_scale))
 // with exact int32 dots, and multiply and add as separate roundings.
@@ -69,23 +69,27 @@ struct MatrixStage {
   std::int32_t pairs;          // per panel
   std::int32_t vector_length;  // VQ: components of an index, else 0
   std::int32_t num_codes;
-  std::int32_t entry_bytes;  // VqLarge: bytes per table entry
+  std::int32_t entry_bytes;  // VQ: 4, 8 or 16, at least vector_length
   std::int64_t panel_bytes;
   const std::uint8_t *codes;
-  const std::uint8_t *table;  // VqSmall [vector][256], VqLarge [num_codes][entry_bytes]
+  const std::uint8_t *table;    // VqSmall [2 * pairs][256]
+  const std::uint8_t *entries;  // VQ [num_codes][entry_bytes]
   const float *lane_scales;   // VQ: [pairs][16]
   const std::uint16_t *codebook;  // VQ: binary16 [num_codes][vector_length], for exact products
   const TcqPlan *tcq;
   std::int16_t lane_rows[kMaxPairs * kPairRows];  // row in the panel, -1 for padding
-  bool rows_in_order;                          // lane_rows is 0, 1, 2, ...
 };
 
 struct MatrixPart {
-  std::int32_t in_features;
-  std::int32_t columns;  // padded
+  std::int32_t in_features;  // of this part
+  std::int32_t input_begin;  // the first of them in the matrix
+  std::int32_t columns;      // in_features, padded
+  std::int32_t column_begin;  // the first of them in the activations
   std::int32_t rows;
   std::int32_t row_begin;  // in the whole matrix
-  std::int32_t panel_begin;
+  bool begins_rows;        // no part stands before it in these rows: writes y, else adds to it
+  bool ends_rows;
+  std::int32_t panels_at_once;  // that are one panel of the matrix: parts in the same rows may differ
   std::int32_t num_panels;
   std::int32_t panel_rows;
   std::int32_t segment;  // columns with one weight and one activation scale: 32, 64 or 128

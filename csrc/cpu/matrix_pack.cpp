@@ -48,9 +48,6 @@ std::int32_t check_grid(const vq_matrix_part &source, bool is_packed) {
   if ((bits != 2 && bits != 3 && bits != 4 && bits != 8) || !good_group(source.group_size)) {
     return VQ_ERR_SHAPE;
   }
-  if (source.zero_offset != 0 && source.zero_offset != 1) {
-    return VQ_ERR_ZERO_OFFSET;
-  }
   const bool needs_scales = source.kind == VQ_MATRIX_GRID;
   const bool missing = source.codes == nullptr || (needs_scales && source.scales == nullptr);
   return !is_packed && missing ? VQ_ERR_NULL : VQ_OK;
@@ -73,8 +70,7 @@ std::int32_t check_tcq(const vq_matrix_part &source, bool is_packed) {
 
 std::int32_t check_vq(const vq_matrix_part &source, bool is_packed) {
   const std::int32_t v = source.vector_length;
-  if ((v != 4 && v != 6 && v != 8 && v != 16) || source.num_stages < 1 ||
-      source.num_stages > kMaxStages) {
+  if (v < 1 || v > kMaxVector || source.num_stages < 1 || source.num_stages > kMaxStages) {
     return VQ_ERR_SHAPE;
   }
   for (std::int32_t s = 0; s < source.num_stages; ++s) {
@@ -125,7 +121,6 @@ void place_rows(const vq_matrix_part &source, MatrixPart &part) {
 }
 
 void lanes_in_order(MatrixStage &stage) {
-  stage.rows_in_order = true;
   for (std::int32_t lane = 0; lane < stage.pairs * kPairRows; ++lane) {
     stage.lane_rows[lane] = static_cast<std::int16_t>(lane);
   }
@@ -174,12 +169,17 @@ void place_scales(const vq_matrix_part &source, MatrixPart &part, Pieces &pieces
   }
 }
 
+// Components of an entry with its padding, so that entries can be loaded whole.
+std::int32_t entry_bytes(std::int32_t vector_length) {
+  return vector_length <= 4 ? 4 : vector_length <= 8 ? 8 : kMaxVector;
+}
+
 // Rows of the lanes: row sets are components of 8 index rows.
 void lanes_of_components(MatrixStage &stage) {
   for (std::int32_t lane = 0; lane < stage.pairs * kPairRows; ++lane) {
     const std::int32_t component = lane / kBlock;
-    stage.lane_rows[lane] =
-        static_cast<std::int16_t>(lane % kBlock * stage.vector_length + component);
+    const std::int32_t row = lane % kBlock * stage.vector_length + component;
+    stage.lane_rows[lane] = static_cast<std::int16_t>(component < stage.vector_length ? row : -1);
   }
 }
 
@@ -199,13 +199,15 @@ void place_vq_stage(const vq_matrix_part &source, std::int32_t index, const Matr
   stage.zero = kCodeOffset;
   stage.vector_length = source.vector_length;
   stage.num_codes = source.num_codes[index];
-  stage.entry_bytes = source.vector_length == 6 ? 8 : source.vector_length;
+  stage.entry_bytes = entry_bytes(source.vector_length);
   stage.panel_bytes = std::int64_t{part.columns} * kIndexRows * (is_small ? 1 : 2);
-  stage.pairs = is_small ? source.vector_length / 2 : kIndexRows * stage.entry_bytes / kPairRows;
+  stage.pairs = is_small ? (source.vector_length + 1) / 2
+                         : kIndexRows * stage.entry_bytes / kPairRows;
   stage.codes = pieces.take(stage.panel_bytes * part.num_panels + kReadAhead);
-  const std::int64_t entries = is_small ? std::int64_t{kSmallCodes} * stage.vector_length
-                                        : std::int64_t{stage.num_codes} * stage.entry_bytes;
-  stage.table = pieces.take(entries + kReadAhead);
+  stage.entries = pieces.take(std::int64_t{stage.num_codes} * stage.entry_bytes + kReadAhead);
+  if (is_small) {
+    stage.table = pieces.take(std::int64_t{2} * stage.pairs * kSmallCodes);
+  }
   stage.lane_scales =
       reinterpret_cast<const float *>(pieces.take(kMaxPairs * kPairRows * std::int64_t{sizeof(float)}));
   stage.codebook = reinterpret_cast<const std::uint16_t *>(
@@ -433,14 +435,7 @@ std::uint8_t group_zero(const vq_matrix_part &source, const MatrixPart &part, st
   if (row >= part.rows) {
     return static_cast<std::uint8_t>(part.stages[0].zero);
   }
-  if (source.codes_are_bytes != 0) {
-    return static_cast<const std::uint8_t *>(source.zeros)[group * part.rows + row];
-  }
-  const std::int64_t words = ceil_div(std::int64_t{part.rows} * source.bits, 32);
-  const auto *stream = static_cast<const std::int32_t *>(source.zeros) + group * words;
-  const std::uint32_t stored = stream_code(stream, 1, row * source.bits, source.bits);
-  const std::uint32_t mask = (1u << source.bits) - 1u;
-  return static_cast<std::uint8_t>((stored + static_cast<std::uint32_t>(source.zero_offset)) & mask);
+  return source.zeros[group * part.rows + row];
 }
 
 void fill_scales(const vq_matrix_part &source, const MatrixPart &part) {
@@ -556,15 +551,24 @@ float component_scale(const MatrixStage &stage, std::int32_t component) {
 }
 
 void fill_component(const MatrixStage &stage, std::int32_t component, float scale) {
-  const bool is_small = stage.decode == Decode::kVqSmall;
-  std::uint8_t *table = writable(stage.table);
+  std::uint8_t *entries = writable(stage.entries);
   for (std::int64_t code = 0; code < stage.num_codes; ++code) {
     const float value = half_to_float(stage.codebook[code * stage.vector_length + component]);
     const float steps = scale > 0.0f ? std::nearbyint(value / scale) : 0.0f;
     const float limited = std::min(127.0f, std::max(-127.0f, steps));
-    const std::int64_t at =
-        is_small ? component * kSmallCodes + code : code * stage.entry_bytes + component;
-    table[at] = static_cast<std::uint8_t>(static_cast<int>(limited) + kCodeOffset);
+    entries[code * stage.entry_bytes + component] =
+        static_cast<std::uint8_t>(static_cast<int>(limited) + kCodeOffset);
+  }
+}
+
+// The entries by component, for byte permutes; padding is code 0.
+void fill_table(const MatrixStage &stage) {
+  std::uint8_t *table = writable(stage.table);
+  std::fill_n(table, 2 * stage.pairs * kSmallCodes, static_cast<std::uint8_t>(kCodeOffset));
+  for (std::int32_t component = 0; component < stage.vector_length; ++component) {
+    for (std::int32_t code = 0; code < stage.num_codes; ++code) {
+      table[component * kSmallCodes + code] = stage.entries[code * stage.entry_bytes + component];
+    }
   }
 }
 
@@ -572,10 +576,8 @@ void fill_codebook(const vq_matrix_part &source, std::int32_t index, const Matri
   const std::int64_t values = std::int64_t{stage.num_codes} * stage.vector_length;
   std::memcpy(writable(stage.codebook), source.codebooks[index],
               static_cast<std::size_t>(values) * sizeof(std::uint16_t));
-  const std::int64_t entries = stage.decode == Decode::kVqSmall
-                                   ? std::int64_t{kSmallCodes} * stage.vector_length
-                                   : std::int64_t{stage.num_codes} * stage.entry_bytes;
-  std::fill_n(writable(stage.table), entries, static_cast<std::uint8_t>(kCodeOffset));
+  std::fill_n(writable(stage.entries), std::int64_t{stage.num_codes} * stage.entry_bytes,
+              static_cast<std::uint8_t>(kCodeOffset));
   auto *lane_scales = reinterpret_cast<float *>(writable(stage.lane_scales));
   for (std::int32_t component = 0; component < stage.vector_length; ++component) {
     const float scale = component_scale(stage, component);
@@ -585,6 +587,9 @@ void fill_codebook(const vq_matrix_part &source, std::int32_t index, const Matri
         lane_scales[lane] = scale;
       }
     }
+  }
+  if (stage.decode == Decode::kVqSmall) {
+    fill_table(stage);
   }
 }
 

@@ -46,21 +46,22 @@ inline void load_segment_scale(const MatrixPart &part, const MatrixStage &stage,
 
 inline std::int32_t segment_sum(const Activations &x, std::int64_t row, std::int32_t column,
                                 std::int32_t count) {
-  const std::int32_t *prefix = x.prefix + row * prefix_length(x.in_features);
+  const std::int32_t *prefix = x.prefix + row * prefix_length(x.columns);
   return prefix[(column + count) / kPrefixStep] - prefix[column / kPrefixStep];
 }
 
-// Writes or adds the lanes of one batch row to y; `first` and `last` stage of the row.
+// Writes or adds the lanes of one batch row to y; `first` and `last` stage of the part.
 inline void store_lanes(const MatrixJob &job, const MatrixStage &stage, std::int32_t panel,
                         std::int32_t row, const float *lanes, bool first, bool last) {
   const MatrixPart &part = *job.part;
   const std::int32_t base = panel * part.panel_rows;
   const std::int32_t valid = std::min(part.panel_rows, part.rows - base);
+  const bool writes = first && part.begins_rows;
   float *y = job.y + row * job.y_stride + part.row_begin + base;
   for (std::int32_t lane = 0; lane < stage.pairs * kPairRows; ++lane) {
     const std::int32_t at = stage.lane_rows[lane];
     if (at >= 0 && at < valid) {
-      y[at] = first ? lanes[lane] : y[at] + lanes[lane];
+      y[at] = writes ? lanes[lane] : y[at] + lanes[lane];
     }
   }
   if (last && job.x.offsets != nullptr) {
@@ -77,8 +78,8 @@ struct TileLoops {
                             std::int32_t column, std::int32_t count, const std::uint8_t *tile,
                             std::int32_t row, std::int32_t batch, float *lanes) {
     const MatrixPart &part = *job.part;
-    const std::int32_t stride = padded_columns(part.in_features);
-    const std::int32_t groups = activation_groups(part.in_features);
+    const std::int32_t stride = padded_columns(job.x.columns);
+    const std::int32_t groups = activation_groups(job.x.columns);
     for (std::int32_t pair = 0; pair < stage.pairs; ++pair) {
       const std::uint8_t *blocks = tile + std::int64_t{pair} * (count / kBlock) * 2 * kBlockBytes;
       for (std::int32_t from = 0; from < count; from += part.segment) {

@@ -23,8 +23,6 @@ const char *vq_status_text(std::int32_t status) {
       return "memory or threads could not be allocated";
     case VQ_ERR_FORKED:
       return "the thread pool was created before a fork; create it in the child process";
-    case VQ_ERR_ZERO_OFFSET:
-      return "zero_offset must be 0 (gptq_v2) or 1 (gptq)";
     default:
       return "unknown status";
   }

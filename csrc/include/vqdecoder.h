@@ -45,8 +45,6 @@ typedef struct vq_projection {
 typedef struct vq_decoder_layer {
   const float *input_norm;          /* [hidden_size] */
   const float *post_attention_norm; /* [hidden_size] */
-  const float *qkv_bias;            /* [(num_heads + 2 num_kv_heads) head_dim] or NULL */
-  const float *output_bias;         /* [hidden_size] or NULL */
   vq_projection qkv;
   vq_projection output;
   vq_projection gate_up;
@@ -73,7 +71,7 @@ typedef struct vq_decoder_config {
   float rms_norm_eps;
 } vq_decoder_config;
 
-/* Everything but the norms and biases is kept by address and must outlive the decoder. */
+/* Everything but the norms is kept by address and must outlive the decoder. */
 typedef struct vq_decoder_weights {
   const vq_decoder_layer *layers; /* [num_layers] */
   const float *final_norm;        /* [hidden_size] */

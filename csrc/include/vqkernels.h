@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a struct, a layout or the meaning of an argument changes. */
-#define VQ_ABI_VERSION 2
+#define VQ_ABI_VERSION 3
 
 enum {
   VQ_MAX_FEATURES = 1 << 24, /* bound on in_features, out_features and batch */
@@ -43,8 +43,7 @@ typedef enum vq_status {
   VQ_ERR_ISA = 3,        /* unknown tier, or one this CPU or this build cannot run */
   VQ_ERR_NONFINITE = 4,  /* an activation is NaN or infinite */
   VQ_ERR_MEMORY = 5,     /* allocation or thread creation failed */
-  VQ_ERR_FORKED = 6,     /* the pool was created before a fork; its threads are gone */
-  VQ_ERR_ZERO_OFFSET = 7 /* zero_offset is neither 0 nor 1 */
+  VQ_ERR_FORKED = 6      /* the pool was created before a fork; its threads are gone */
 } vq_status;
 
 /* Instruction-set tiers, slowest first. All tiers give bit-identical results. */
@@ -100,24 +99,28 @@ enum {
   VQ_MATRIX_DENSE = 1, /* floats, rounded to 8 bits here; scale = largest / 127, in binary16 */
   VQ_MATRIX_TCQ = 2,   /* trellis states along the outputs, values from a table of 256 */
   VQ_MATRIX_VQ = 3,    /* vectors along the outputs, one or two codebooks */
-  VQ_MATRIX_MAX_PARTS = 64,
+  VQ_MATRIX_MAX_PARTS = 4096,
   VQ_MATRIX_MAX_CODES = 65536
 };
 
-/* One part. in_features is the same in all parts. group_size: columns per scale, 32, 64, a multiple
- * of 128, or 0 for one group; G = number of groups.
+/* One part: some outputs (rows), of all columns. group_size: columns per scale, 32, 64, a multiple of
+ * 128, or 0 for one group; G = number of groups.
+ *
+ * With extends_columns a part covers the columns behind those of the part before it, in the same
+ * rows; both are VQ. y is the sum over the parts of a row, in order. Groups of 128 columns that share
+ * an activation scale begin anew with every such part. Where there are any, all rows of the matrix
+ * are cut at the same columns.
  *
  * GRID   codes: int32 [ceil(in * bits / 32)][out], every output's codes one bit stream, lowest bit
- *        first; or, with codes_are_bytes, uint8 [in][out]. zeros: NULL for 2^(bits-1), else
- *        int32 [G][ceil(out * bits / 32)], zero_offset is added modulo 2^bits; or, with
- *        codes_are_bytes, uint8 [G][out]. scales: binary16 [G][out].
+ *        first; or, with codes_are_bytes, uint8 [in][out]. zeros: uint8 [G][out], NULL for
+ *        2^(bits-1). scales: binary16 [G][out].
  * DENSE  codes: float32 [out][in], or binary16 with weights_are_half.
  * TCQ    codes: uint8 [in][ceil(out * bits / 8)], bits 1..5; symbol r of a column is its bits
  *        [r * bits, +bits), lowest first; state s_r = its trellis_bits (10..16) bits that end with
  *        symbol r, 0 before the first. Value = table[((s * multiplier) mod 2^trellis_bits) >>
  *        (trellis_bits - 8)] * scales[g][r]. scales: binary16 [G][out]; table: int8 [256].
  * VQ     indices: uint16 [ceil(out / vector_length)][in] per stage; index i stands for the
- *        vector_length (4, 6, 8, 16) outputs from vector_length * row on. codebooks: binary16
+ *        vector_length (1..16) outputs from vector_length * row on. codebooks: binary16
  *        [num_codes][vector_length] per stage; rounded to int8, one scale per component. */
 typedef struct vq_matrix_part {
   int32_t kind;
@@ -125,7 +128,7 @@ typedef struct vq_matrix_part {
   int32_t out_features;
   int32_t bits;
   int32_t group_size;
-  int32_t zero_offset;
+  int32_t extends_columns;
   int32_t codes_are_bytes;
   int32_t weights_are_half;
   int32_t trellis_bits;
@@ -134,21 +137,22 @@ typedef struct vq_matrix_part {
   int32_t num_stages;
   int32_t num_codes[2];
   const void *codes;
-  const void *zeros;
+  const uint8_t *zeros;
   const uint16_t *scales;
   const int8_t *table;
   const uint16_t *indices[2];
   const uint16_t *codebooks[2];
 } vq_matrix_part;
 
-/* What happens to x before the weights see it; every pointer may be NULL. Column j of the weights
- * reads x[permutation[j]] * column_scales[permutation[j]]; sum_i x[i] * column_bias[i] is added to
- * every output. */
-typedef struct vq_matrix_input {
+/* What happens to x before the weights see it, and to y after; every pointer may be NULL. Column j of
+ * the weights reads x[permutation[j]] * column_scales[permutation[j]]; sum_i x[i] * column_bias[i] is
+ * added to every output, then row_bias [out of all parts]. */
+typedef struct vq_matrix_transform {
   const int32_t *permutation;
   const float *column_scales;
   const float *column_bias;
-} vq_matrix_input;
+  const float *row_bias;
+} vq_matrix_transform;
 
 typedef struct vq_matrix vq_matrix;
 
@@ -157,10 +161,11 @@ VQ_API int32_t vq_matrix_get_size(const vq_matrix_part *parts, int32_t num_parts
 
 /* Packs the parts. memory: 64-byte aligned, of vq_matrix_get_size bytes, must outlive the matrix;
  * NULL: the matrix allocates. is_packed: memory already holds what an earlier call packed there
- * (codes, zeros and weights are not read then). input may be NULL. Other pointers are not kept. */
+ * (codes, zeros and weights are not read then). transform may be NULL. Other pointers are not
+ * kept. */
 VQ_API int32_t vq_matrix_create(const vq_matrix_part *parts, int32_t num_parts,
-                                const vq_matrix_input *input, void *memory, int32_t is_packed,
-                                vq_matrix **matrix);
+                                const vq_matrix_transform *transform, void *memory,
+                                int32_t is_packed, vq_matrix **matrix);
 
 /* NULL is allowed. */
 VQ_API void vq_matrix_free(vq_matrix *matrix);
@@ -170,7 +175,8 @@ VQ_API void vq_matrix_free(vq_matrix *matrix);
 VQ_API int32_t vq_matrix_multiply(const vq_matrix *matrix, const float *x, int32_t batch, float *y,
                                   int32_t exact, vq_pool *pool);
 
-/* Rows of the weight as float32 [count][in_features], column scales and permutation undone. */
+/* Rows of the weight as float32 [count][in_features], column scales and permutation undone, without
+ * row_bias. */
 VQ_API int32_t vq_matrix_read_rows(const vq_matrix *matrix, const int32_t *rows, int32_t count,
                                    float *weights);
 

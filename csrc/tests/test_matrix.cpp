@@ -238,7 +238,7 @@ void test_formats(vq_pool *pool) {
     for (std::int32_t bits = 1; bits <= 5; ++bits) {
       layers.push_back(make_tcq(bits, shape[0], shape[1], random));
     }
-    for (const std::int32_t length : {4, 6, 8, 16}) {
+    for (const std::int32_t length : {1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16}) {
       layers.push_back(make_vq(length, {256, 64}, shape[0], shape[1], random));
       layers.push_back(make_vq(length, {1000}, shape[0], shape[1], random));
     }
@@ -264,15 +264,19 @@ void test_bad_arguments() {
   expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_SHAPE,
          "a group that segments do not divide");
   layer.part.group_size = 0;
-  layer.part.zero_offset = 2;
-  expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_ZERO_OFFSET,
-         "a zero offset of 2");
-  layer.part.zero_offset = 0;
+  vq_matrix_part beside[2] = {layer.part, layer.part};
+  beside[1].extends_columns = 1;
+  expect(vq_matrix_create(beside, 2, nullptr, nullptr, 0, &matrix) == VQ_ERR_SHAPE,
+         "only vectors lie side by side");
+  layer.part.extends_columns = 1;
+  expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_SHAPE,
+         "the first part extends none");
+  layer.part.extends_columns = 0;
   layer.part.kind = 9;
   expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_ERR_SHAPE, "kind 9");
   layer.part.kind = VQ_MATRIX_GRID;
   std::vector<std::int32_t> order(64, 64);
-  const vq_matrix_input input{order.data(), nullptr, nullptr};
+  const vq_matrix_transform input{order.data(), nullptr, nullptr, nullptr};
   expect(vq_matrix_create(&layer.part, 1, &input, nullptr, 0, &matrix) == VQ_ERR_SHAPE,
          "a permutation out of range");
   expect(vq_matrix_create(&layer.part, 1, nullptr, nullptr, 0, &matrix) == VQ_OK, "a good part");

@@ -96,8 +96,6 @@ class LayerStruct(ctypes.Structure):
     _fields_ = (
         ("input_norm", ctypes.c_void_p),
         ("post_attention_norm", ctypes.c_void_p),
-        ("qkv_bias", ctypes.c_void_p),
-        ("output_bias", ctypes.c_void_p),
         ("qkv", ProjectionStruct),
         ("output", ProjectionStruct),
         ("gate_up", ProjectionStruct),
@@ -228,8 +226,6 @@ class DecoderLayer:
         output: the projection of the heads.
         gate_up: one or two matrices, gates before ups.
         down: the projection of their product.
-        qkv_bias: float32 (queries + keys + values,) or None.
-        output_bias: float32 (hidden_size,) or None.
         sliding_window: positions that a position sees, itself included; 0 is all.
     """
 
@@ -239,8 +235,6 @@ class DecoderLayer:
     output: MatrixHandle
     gate_up: Sequence[MatrixHandle]
     down: MatrixHandle
-    qkv_bias: Floats | None = None
-    output_bias: Floats | None = None
     sliding_window: int = 0
 
 
@@ -337,7 +331,7 @@ class Decoder(Closing):
         _check_weights(config, weights)
         self._library = _decoder_library()
         self.config = config
-        self._keep = weights  # norms and biases are copied, the rest is used where it lies
+        self._keep = weights  # norms are copied, the rest is used where it lies
         structs = _WeightStructs(weights)
         handle = ctypes.c_void_p()
         status = self._library.vq_decoder_create(
@@ -478,8 +472,6 @@ def _layer_struct(layer: DecoderLayer) -> LayerStruct:
     return LayerStruct(
         _address(layer.input_norm),
         _address(layer.post_attention_norm),
-        _address(layer.qkv_bias),
-        _address(layer.output_bias),
         _projection_struct(layer.qkv),
         _projection_struct([layer.output]),
         _projection_struct(layer.gate_up),
@@ -540,14 +532,8 @@ def _check_embedding(config: DecoderConfig, weights: DecoderWeights) -> None:
 
 
 def _check_layer(config: DecoderConfig, layer: DecoderLayer) -> None:
-    hidden = config.hidden_size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    _check_vector("input_norm", layer.input_norm, _FLOATS, hidden)
-    _check_vector("post_attention_norm", layer.post_attention_norm, _FLOATS, hidden)
-    if layer.qkv_bias is not None:
-        _check_vector("qkv_bias", layer.qkv_bias, _FLOATS, qkv)
-    if layer.output_bias is not None:
-        _check_vector("output_bias", layer.output_bias, _FLOATS, hidden)
+    _check_vector("input_norm", layer.input_norm, _FLOATS, config.hidden_size)
+    _check_vector("post_attention_norm", layer.post_attention_norm, _FLOATS, config.hidden_size)
 
 
 def _check_rotation(rotation: Rotation | None) -> None:

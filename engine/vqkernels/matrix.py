@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from vqkernels.errors import DtypeError, ShapeError
 from vqkernels.loader import check_status
-from vqkernels.matrix_abi import Arrays, PartStruct, input_struct, matrix_library, part_struct
-from vqkernels.matrix_weights import InputTransform, Weights
+from vqkernels.matrix_abi import Arrays, PartStruct, matrix_library, part_structs, transform_struct
+from vqkernels.matrix_weights import Transform, Weights
 from vqkernels.pool import ThreadPool
 
 ALIGNMENT = 64
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 class Matrix:
     """Weights packed for :func:`matmul`: one or more parts whose rows follow each other.
 
-    Parts may differ in format, but share ``in_features`` and the input transform (q, k and v;
+    Parts may differ in format, but share ``in_features`` and the transform (q, k and v;
     gate and up). The arrays given are copied into the packed form and not kept.
 
     Attributes:
@@ -39,7 +39,7 @@ class Matrix:
     def __init__(
         self,
         parts: Weights | Sequence[Weights],
-        transform: InputTransform | None = None,
+        transform: Transform | None = None,
         memory: npt.NDArray[np.uint8] | None = None,
         is_packed: bool = False,
     ) -> None:
@@ -54,8 +54,8 @@ class Matrix:
         weights = _as_list(parts)
         self.in_features = weights[0].in_features
         self.out_features = sum(part.out_features for part in weights)
-        transform = transform or InputTransform()
-        transform.check(self.in_features)
+        transform = transform or Transform()
+        transform.check(self.in_features, self.out_features)
         arrays = Arrays()
         structs = _structs(weights, arrays)
         size = _size(structs)
@@ -68,7 +68,7 @@ class Matrix:
         status = matrix_library().vq_matrix_create(
             ctypes.byref(structs),
             len(structs),
-            ctypes.byref(input_struct(transform, arrays)),
+            ctypes.byref(transform_struct(transform, arrays)),
             memory.ctypes.data,
             int(is_packed),
             ctypes.byref(handle),
@@ -174,10 +174,8 @@ def _as_list(parts: Weights | Sequence[Weights]) -> list[Weights]:
 
 
 def _structs(weights: list[Weights], arrays: Arrays) -> ctypes.Array[PartStruct]:
-    structs = (PartStruct * len(weights))()
-    for i, part in enumerate(weights):
-        structs[i] = part_struct(part, arrays)
-    return structs
+    structs = [struct for part in weights for struct in part_structs(part, arrays)]
+    return (PartStruct * len(structs))(*structs)
 
 
 def _size(structs: ctypes.Array[PartStruct]) -> int:

@@ -13,8 +13,9 @@ from vqkernels.loader import Signatures, declare, load_library
 from vqkernels.matrix_weights import (
     DenseWeights,
     GridWeights,
-    InputTransform,
     TcqWeights,
+    Transform,
+    VqColumns,
     VqWeights,
     Weights,
 )
@@ -44,7 +45,7 @@ class PartStruct(ctypes.Structure):
         ("out_features", _I32),
         ("bits", _I32),
         ("group_size", _I32),
-        ("zero_offset", _I32),
+        ("extends_columns", _I32),
         ("codes_are_bytes", _I32),
         ("weights_are_half", _I32),
         ("trellis_bits", _I32),
@@ -61,10 +62,15 @@ class PartStruct(ctypes.Structure):
     )
 
 
-class InputStruct(ctypes.Structure):
-    """``vq_matrix_input`` of vqkernels.h."""
+class TransformStruct(ctypes.Structure):
+    """``vq_matrix_transform`` of vqkernels.h."""
 
-    _fields_ = (("permutation", _PTR), ("column_scales", _PTR), ("column_bias", _PTR))
+    _fields_ = (
+        ("permutation", _PTR),
+        ("column_scales", _PTR),
+        ("column_bias", _PTR),
+        ("row_bias", _PTR),
+    )
 
 
 @functools.cache
@@ -96,8 +102,19 @@ class Arrays:
         return int(contiguous.ctypes.data)
 
 
-def part_struct(weights: Weights, arrays: Arrays) -> PartStruct:
-    """The struct of one part; ``arrays`` owns what it points to."""
+def part_structs(weights: Weights, arrays: Arrays) -> list[PartStruct]:
+    """The structs of the weights; ``arrays`` owns what they point to."""
+    if not isinstance(weights, VqColumns):
+        return [_part_struct(weights, arrays)]
+    parts = [_part_struct(part, arrays) for part in weights.parts]
+    for part in parts[1:]:
+        part.extends_columns = 1
+    return parts
+
+
+def _part_struct(
+    weights: GridWeights | DenseWeights | TcqWeights | VqWeights, arrays: Arrays
+) -> PartStruct:
     part = PartStruct(out_features=weights.out_features, in_features=weights.in_features)
     if isinstance(weights, GridWeights):
         _fill_grid(part, weights, arrays)
@@ -113,12 +130,13 @@ def part_struct(weights: Weights, arrays: Arrays) -> PartStruct:
     return part
 
 
-def input_struct(transform: InputTransform, arrays: Arrays) -> InputStruct:
-    """The struct of an input transform."""
-    return InputStruct(
+def transform_struct(transform: Transform, arrays: Arrays) -> TransformStruct:
+    """The struct of a transform."""
+    return TransformStruct(
         arrays.address(transform.permutation, "int32"),
         arrays.address(transform.column_scales, "float32"),
         arrays.address(transform.column_bias, "float32"),
+        arrays.address(transform.row_bias, "float32"),
     )
 
 
@@ -126,15 +144,11 @@ def _fill_grid(part: PartStruct, weights: GridWeights, arrays: Arrays) -> None:
     part.kind = KIND_GRID
     part.bits = weights.bits
     part.group_size = weights.group_size
-    codes, zeros = weights.codes, weights.zeros
+    zeros = weights.zeros
     if zeros is not None and (zeros == 1 << (weights.bits - 1)).all():
         zeros = None  # symmetric: less to read
-    if zeros is not None and codes.dtype.itemsize == 4:
-        from vqkernels.matrix_reference import unpack_words
-
-        codes = unpack_words(codes, weights.bits)
-    part.codes_are_bytes = int(codes.dtype.itemsize == 1)
-    part.codes = arrays.address(codes)
+    part.codes_are_bytes = int(weights.codes.dtype.itemsize == 1)
+    part.codes = arrays.address(weights.codes)
     part.zeros = arrays.address(zeros)
     part.scales = arrays.address(weights.scales)
 

@@ -16,8 +16,9 @@ from vqkernels.matrix_weights import (
     WORD_BITS,
     DenseWeights,
     GridWeights,
-    InputTransform,
     TcqWeights,
+    Transform,
+    VqColumns,
     VqWeights,
     Weights,
     count_groups,
@@ -26,7 +27,7 @@ from vqkernels.matrix_weights import (
 ACTIVATION_GROUP = 128
 INT8_MAX = np.float32(127.0)
 SMALLEST_MAX = np.float32(1e-30)
-NO_TRANSFORM = InputTransform()
+NO_TRANSFORM = Transform()
 
 Floats = npt.NDArray[np.float32]
 Steps = npt.NDArray[np.int32]
@@ -62,7 +63,9 @@ def quantize_activations(x: Floats) -> QuantizedActivations:
     return QuantizedActivations(q, scales)
 
 
-def stages(weights: Weights) -> Iterator[tuple[Steps, Floats, int]]:
+def stages(
+    weights: GridWeights | DenseWeights | TcqWeights | VqWeights,
+) -> Iterator[tuple[Steps, Floats, int]]:
     """Integer weights int32 (out, in), scales float32 (groups, out) and columns per group."""
     if isinstance(weights, GridWeights):
         yield _grid_stage(weights)
@@ -77,6 +80,8 @@ def stages(weights: Weights) -> Iterator[tuple[Steps, Floats, int]]:
 
 def dequantize(weights: Weights) -> Floats:
     """float32 (out, in) as the checkpoint means it; DENSE as rounded to 8 bits."""
+    if isinstance(weights, VqColumns):
+        return np.concatenate([dequantize(part) for part in weights.parts], axis=1)
     if isinstance(weights, VqWeights):
         parts = [
             _along_outputs(codebook.astype(np.float32)[index], weights.out_features)
@@ -89,32 +94,33 @@ def dequantize(weights: Weights) -> Floats:
 
 
 def matmul_float(
-    parts: Sequence[Weights], x: Floats, transform: InputTransform = NO_TRANSFORM
+    parts: Sequence[Weights], x: Floats, transform: Transform = NO_TRANSFORM
 ) -> Floats:
     """The product in float64: x (batch, in) -> (batch, out of all parts)."""
     weight = np.concatenate([dequantize(part) for part in parts]).astype(np.float64)
     y = transform_input(x.astype(np.float64), transform) @ weight.T
     if transform.column_bias is not None:
         y = y + (x.astype(np.float64) @ transform.column_bias.astype(np.float64))[:, None]
+    if transform.row_bias is not None:
+        y = y + transform.row_bias.astype(np.float64)
     return np.asarray(y, dtype=np.float32)
 
 
-def matmul_int8(
-    parts: Sequence[Weights], x: Floats, transform: InputTransform = NO_TRANSFORM
-) -> Floats:
+def matmul_int8(parts: Sequence[Weights], x: Floats, transform: Transform = NO_TRANSFORM) -> Floats:
     """The kernels' arithmetic, operation by operation: x (batch, in) -> (batch, out)."""
     rows = []
     for row in x:
         seen = transform_input(row, transform)
-        activations = quantize_activations(seen)
-        y = np.concatenate([_part_int8(part, activations) for part in parts])
+        y = np.concatenate([_part_int8(part, seen) for part in parts])
         if transform.column_bias is not None:
             y = y + dot_in_kernel_order(row, transform.column_bias.astype(np.float32))
+        if transform.row_bias is not None:
+            y = y + transform.row_bias.astype(np.float32)
         rows.append(y)
     return np.stack(rows)
 
 
-def transform_input(x: npt.NDArray[Any], transform: InputTransform) -> npt.NDArray[Any]:
+def transform_input(x: npt.NDArray[Any], transform: Transform) -> npt.NDArray[Any]:
     """x (..., in) as the columns of the weights read it."""
     if transform.column_scales is not None:
         x = x * transform.column_scales.astype(x.dtype)
@@ -215,11 +221,15 @@ def _along_outputs(vectors: npt.NDArray[Any], out_features: int) -> npt.NDArray[
     return vectors.transpose(0, 2, 1).reshape(-1, vectors.shape[1])[:out_features]
 
 
-def _part_int8(weights: Weights, activations: QuantizedActivations) -> Floats:
+def _part_int8(weights: Weights, x: Floats) -> Floats:
     y: Floats | None = None
-    for steps, scales, columns in stages(weights):
-        sums = _stage_int8(steps, scales, columns, activations)
-        y = sums if y is None else y + sums
+    parts = weights.parts if isinstance(weights, VqColumns) else (weights,)
+    for part in parts:
+        seen, x = x[: part.in_features], x[part.in_features :]
+        activations = quantize_activations(seen)
+        for steps, scales, columns in stages(part):
+            sums = _stage_int8(steps, scales, columns, activations)
+            y = sums if y is None else y + sums
     assert y is not None
     return y
 

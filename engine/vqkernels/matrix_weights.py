@@ -15,7 +15,8 @@ from vqkernels.errors import DtypeError, LayoutError, NonFiniteError, ShapeError
 
 CHUNK = 128
 GRID_BITS = (2, 3, 4, 8)
-VECTOR_LENGTHS = (4, 6, 8, 16)
+MAX_VECTOR = 16
+MAX_PARTS = 4096  # of a matrix
 MAX_CODES = 65536
 TABLE_SIZE = 256
 WORD_BITS = 32
@@ -157,7 +158,7 @@ class VqWeights:
 
     Attributes:
         indices: one or two arrays uint16 (ceil(out / v), in).
-        codebooks: as many arrays float16 (num_codes, v), v in 4, 6, 8, 16.
+        codebooks: as many arrays float16 (num_codes, v), v at most 16.
         out_features: rows of the weight; the last vector may be cut.
     """
 
@@ -180,9 +181,9 @@ class VqWeights:
                 )
 
     def _check_codebook(self, codebook: Array) -> None:
-        if codebook.shape[1] not in VECTOR_LENGTHS or codebook.shape[1] != self.vector_length:
+        if codebook.shape[1] > MAX_VECTOR or codebook.shape[1] != self.vector_length:
             raise LayoutError(
-                f"vector length is {codebook.shape[1]}, must be one of {VECTOR_LENGTHS}, "
+                f"vector length is {codebook.shape[1]}, must be at most {MAX_VECTOR}, "
                 "the same in both codebooks"
             )
         if codebook.shape[0] > MAX_CODES:
@@ -199,39 +200,69 @@ class VqWeights:
         return int(self.indices[0].shape[1])
 
 
-Weights = GridWeights | DenseWeights | TcqWeights | VqWeights
+@dataclass(frozen=True, eq=False)
+class VqColumns:
+    """Vectors side by side: each of the parts covers the columns behind those of the one before.
+
+    They may differ in vector length, codebooks and stages: outlier columns, or groups of columns
+    with codebooks of their own. Activations get a scale of their own with every part.
+
+    Attributes:
+        parts: two or more, of the same ``out_features``.
+    """
+
+    parts: tuple[VqWeights, ...]
+
+    def __post_init__(self) -> None:
+        outs = {part.out_features for part in self.parts}
+        if len(self.parts) < 2 or len(outs) > 1:
+            raise ShapeError(
+                f"{len(self.parts)} parts with out_features {sorted(outs)}, "
+                "must be two or more with the same"
+            )
+
+    @property
+    def in_features(self) -> int:
+        return sum(part.in_features for part in self.parts)
+
+    @property
+    def out_features(self) -> int:
+        return self.parts[0].out_features
+
+
+Weights = GridWeights | DenseWeights | TcqWeights | VqWeights | VqColumns
 
 
 @dataclass(frozen=True, eq=False)
-class InputTransform:
-    """What happens to x before the weights see it; exact, folded into the activations.
+class Transform:
+    """What happens to x before the weights see it, and to y after; exact.
 
-    Column j of the weights reads x[permutation[j]] * column_scales[permutation[j]], and
-    sum_i x[i] * column_bias[i] is added to every output.
+    Column j of the weights reads x[permutation[j]] * column_scales[permutation[j]];
+    sum_i x[i] * column_bias[i] is added to every output, then row_bias.
 
     Attributes:
         permutation: integers (in,), or None.
         column_scales, column_bias: floats (in,) in the order of x, or None.
+        row_bias: floats (out,) of the whole matrix, or None.
     """
 
     permutation: Array | None = None
     column_scales: Array | None = None
     column_bias: Array | None = None
+    row_bias: Array | None = None
 
-    def check(self, in_features: int) -> None:
-        """Raise ShapeError unless everything fits a matrix of ``in_features`` columns."""
-        for name in ("permutation", "column_scales", "column_bias"):
+    def check(self, in_features: int, out_features: int) -> None:
+        """Raise ShapeError unless everything fits a matrix of this shape."""
+        sizes = {"permutation": in_features, "column_scales": in_features}
+        sizes |= {"column_bias": in_features, "row_bias": out_features}
+        for name, size in sizes.items():
             array = getattr(self, name)
             if array is not None:
-                check_shape(name, array, (in_features,))
+                check_shape(name, array, (size,))
         if self.permutation is not None and not np.array_equal(
             np.sort(self.permutation), np.arange(in_features)
         ):
             raise ShapeError(f"permutation is not a permutation of 0..{in_features - 1}")
-
-    @property
-    def is_identity(self) -> bool:
-        return self.permutation is None and self.column_scales is None and self.column_bias is None
 
 
 def count_groups(in_features: int, group_size: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vqkernels.closing import Closing
 from vqkernels.matrix import Matrix, aligned_empty, packed_size
-from vqkernels.matrix_weights import DenseWeights, GridWeights, InputTransform, Weights
+from vqkernels.matrix_weights import DenseWeights, GridWeights, Transform, Weights
 from vqllm.checkpoint import HEAD, Checkpoint
 from vqllm.runtime.native_weights import packable
 
@@ -85,7 +85,7 @@ class MatrixPacker(Closing):
         table = self._checkpoint.head() if is_untied else self._checkpoint.embedding()
         return self._place(DenseWeights(table))
 
-    def _place(self, weights: Weights, transform: InputTransform | None = None) -> Matrix:
+    def _place(self, weights: Weights, transform: Transform | None = None) -> Matrix:
         return Matrix(weights, transform, self._arena.take(packed_size(weights)))
 
 

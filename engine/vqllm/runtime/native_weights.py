@@ -5,6 +5,7 @@ Knows the classes of quantized linears and the weight classes of vqkernels; no e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 
 from vqkernels.matrix_weights import (
     GRID_BITS,
-    VECTOR_LENGTHS,
+    MAX_PARTS,
+    MAX_VECTOR,
     DenseWeights,
     GridWeights,
-    InputTransform,
     TcqWeights,
+    Transform,
+    VqColumns,
     VqWeights,
     Weights,
 )
@@ -29,22 +32,34 @@ from vqllm.quantization.vptq_linear import VptqLinear
 
 CHUNK = 128
 SMALL_GROUPS = (32, 64)
-Packable = tuple[Weights, InputTransform]
+Packable = tuple[Weights, Transform]
+VectorPart = tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...]]
 
 
 def packable(checkpoint: Checkpoint, name: str) -> Packable:
-    """The linear `name` as the native library takes it; float linears are rounded to 8 bits.
+    """The linear `name`, with its bias, as the native library takes it.
+
+    Float linears are rounded to 8 bits.
 
     Raises:
         UnsupportedModel: no kernel has this format; names the linear and the feature.
         CorruptCheckpoint: a tensor is missing, misshapen, not finite or contradicts config.json.
     """
+    weights, transform = _without_bias(checkpoint, name)
+    bias = f"{name}.bias"
+    if bias not in checkpoint.store:
+        return weights, transform
+    row_bias = checkpoint.dense(bias, (weights.out_features,))
+    return weights, replace(transform, row_bias=row_bias)
+
+
+def _without_bias(checkpoint: Checkpoint, name: str) -> Packable:
     words = _stored_words(checkpoint, name)
     if words is not None:
-        return words, InputTransform()
+        return words, Transform()
     linear = checkpoint.linear(name)
     if isinstance(linear, np.ndarray):
-        return DenseWeights(linear), InputTransform()
+        return DenseWeights(linear), Transform()
     return pack_quantized(linear, name)
 
 
@@ -115,14 +130,14 @@ def _grid(linear: GroupedLinear, name: str) -> Packable:
             f"{name}: no native kernel for {spec.bits} bits in groups of {spec.group_size}; "
             f"group sizes are 32, 64 and multiples of {CHUNK}; {_REMEDY}"
         )
-    codes, transform = linear.codes, InputTransform()
+    codes, transform = linear.codes, Transform()
     if not linear.has_contiguous_groups:
         order = np.argsort(linear.group_index, kind="stable")
         if not np.array_equal(
             linear.group_index[order], contiguous_groups(linear.in_features, spec)
         ):
             raise UnsupportedModel(f"{name}: groups of unequal size; {_REMEDY}")
-        codes, transform = np.ascontiguousarray(codes[order]), InputTransform(permutation=order)
+        codes, transform = np.ascontiguousarray(codes[order]), Transform(permutation=order)
     zeros = None if linear.is_symmetric else linear.zeros
     return GridWeights(codes, linear.scales, zeros, spec.bits, group_size), transform
 
@@ -145,29 +160,36 @@ def _trellis(linear: Any) -> Packable:
         trellis_bits=codebook.trellis_bits,
         group_size=group_size,
     )
-    return weights, InputTransform(column_scales=linear.column_scales)
+    return weights, Transform(column_scales=linear.column_scales)
 
 
 def _vectors(linear: VptqLinear, name: str) -> Packable:
-    spec = linear.spec
-    refused = {
-        f"{spec.num_outliers} outlier columns": spec.num_outliers > 0,
-        f"{spec.num_groups} column groups": spec.num_groups > 1,
-        f"vectors of {spec.vector_length}": spec.vector_length not in VECTOR_LENGTHS,
-    }
-    found = [feature for feature, is_there in refused.items() if is_there]
-    if found:
-        raise UnsupportedModel(f"{name}: no native kernel for {', '.join(found)}; {_REMEDY}")
-    indices = [linear.indices[0]]
-    codebooks = [linear.centroids[0]]
-    if linear.res_indices is not None and linear.res_centroids is not None:
-        indices.append(linear.res_indices[0])
-        codebooks.append(linear.res_centroids[0])
-    weights = VqWeights(tuple(indices), tuple(codebooks), linear.out_features)
+    parts = _vector_parts(linear)
+    longest = max(codebooks[0].shape[1] for _, codebooks in parts)
+    if longest > MAX_VECTOR or len(parts) > MAX_PARTS:
+        raise UnsupportedModel(
+            f"{name}: no native kernel for vectors of {longest} in {len(parts)} runs of columns; "
+            f"at most {MAX_VECTOR} in {MAX_PARTS}; {_REMEDY}"
+        )
+    weights = tuple(VqWeights(*part, linear.out_features) for part in parts)
     order: NDArray[Any] | None = linear.order
-    transform = InputTransform(
+    transform = Transform(
         permutation=None if order is None else order.astype(np.int32),
         column_scales=linear.column_scales,
         column_bias=linear.column_biases,
     )
-    return weights, transform
+    return weights[0] if len(weights) == 1 else VqColumns(weights), transform
+
+
+def _vector_parts(linear: VptqLinear) -> list[VectorPart]:
+    """Indices and codebooks of the outliers, then of every group of columns, stage by stage."""
+    parts: list[VectorPart] = []
+    if linear.outlier_indices is not None and linear.outlier_centroids is not None:
+        parts.append(((linear.outlier_indices,), (linear.outlier_centroids,)))
+    for group in range(linear.spec.num_groups):
+        indices, codebooks = [linear.indices[group]], [linear.centroids[group]]
+        if linear.res_indices is not None and linear.res_centroids is not None:
+            indices.append(linear.res_indices[group])
+            codebooks.append(linear.res_centroids[group])
+        parts.append((tuple(indices), tuple(codebooks)))
+    return parts

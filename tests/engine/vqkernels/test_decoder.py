@@ -30,7 +30,7 @@ from vqkernels.decoder import (
     read_all,
 )
 from vqkernels.matrix import Matrix, aligned_empty
-from vqkernels.matrix_weights import GridWeights
+from vqkernels.matrix_weights import GridWeights, Transform
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,26 +64,29 @@ class World:
     windows: list[int]
 
 
-def random_matrix(rows: int, columns: int, random: np.random.Generator) -> tuple[Matrix, Floats]:
+def random_matrix(
+    rows: int, columns: int, random: np.random.Generator, bias: Floats | None = None
+) -> tuple[Matrix, Floats]:
     codes = random.integers(0, 16, (columns, rows), dtype=np.uint8)
     scales = random.uniform(0.5, 1.5, (-(-columns // 32), rows)) / (4.6 * columns**0.5)
     weights = GridWeights(codes, scales.astype(np.float16), bits=4, group_size=32)
     steps = codes.T.astype(np.float32) - 8
     spread = np.repeat(weights.scales.astype(np.float32).T, 32, axis=1)[:, :columns]
-    return Matrix(weights), steps * spread
+    return Matrix(weights, Transform(row_bias=bias)), steps * spread
 
 
 def make_world(seed: int = 0, windows: Sequence[int] = (0, 0), bias: bool = False) -> World:
     random = np.random.default_rng(seed)
     floats: dict[str, Floats] = {}
 
-    def matrix(name: str, rows: int, columns: int) -> Matrix:
-        packed, floats[name] = random_matrix(rows, columns, random)
-        return packed
-
     def vector(name: str, size: int, mean: float = 0.0) -> Floats:
         floats[name] = (mean + 0.3 * random.standard_normal(size)).astype(np.float32)
         return floats[name]
+
+    def matrix(name: str, rows: int, columns: int) -> Matrix:
+        added = vector(f"{name}_bias", rows) if bias and name != "head" else None
+        packed, floats[name] = random_matrix(rows, columns, random, added)
+        return packed
 
     def layer(i: int) -> DecoderLayer:
         return DecoderLayer(
@@ -96,8 +99,6 @@ def make_world(seed: int = 0, windows: Sequence[int] = (0, 0), bias: bool = Fals
             output=matrix(f"{i}.o", HIDDEN, HEADS * DIM),
             gate_up=[matrix(f"{i}.gate", INNER, HIDDEN), matrix(f"{i}.up", INNER, HIDDEN)],
             down=matrix(f"{i}.down", HIDDEN, INNER),
-            qkv_bias=vector(f"{i}.qkv_bias", (HEADS + 2 * KV_HEADS) * DIM) if bias else None,
-            output_bias=vector(f"{i}.o_bias", HIDDEN) if bias else None,
             sliding_window=windows[i],
         )
 
@@ -148,9 +149,9 @@ def reference(
     for i in range(2):
         x = x + attended(world, i, normed(x, w[f"{i}.input"]))
         h = normed(x, w[f"{i}.post"])
-        gate = h @ w[f"{i}.gate"].T
-        inner = gate / (1 + np.exp(-gate)) * (h @ w[f"{i}.up"].T)
-        x = x + (inner if down is None else inner @ down) @ w[f"{i}.down"].T
+        gate = projected(world, f"{i}.gate", h)
+        inner = gate / (1 + np.exp(-gate)) * projected(world, f"{i}.up", h)
+        x = x + projected(world, f"{i}.down", inner if down is None else inner @ down)
     x = x if residual is None else x @ residual.T
     logits: Floats = normed(x, table.final_norm) @ w["head"].T
     return logits
@@ -162,9 +163,8 @@ def normed(x: Floats, weight: Floats) -> Floats:
 
 
 def attended(world: World, i: int, h: Floats) -> Floats:
-    w, count = world.floats, len(h)
-    qkv = np.concatenate([h @ w[f"{i}.q"].T, h @ w[f"{i}.kv"].T], axis=1)
-    qkv = qkv + w.get(f"{i}.qkv_bias", np.float32(0))
+    count = len(h)
+    qkv = np.concatenate([projected(world, f"{i}.q", h), projected(world, f"{i}.kv", h)], axis=1)
     heads = qkv.reshape(count, HEADS + 2 * KV_HEADS, DIM).transpose(1, 0, 2)
     queries, keys = turned(world, heads[:HEADS]), turned(world, heads[HEADS:-KV_HEADS])
     distance = np.arange(count)[:, None] - np.arange(count)
@@ -176,8 +176,12 @@ def attended(world: World, i: int, h: Floats) -> Floats:
         scores = np.where(is_seen, queries[head] @ keys[group].T / DIM**0.5, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out.append(weights / weights.sum(-1, keepdims=True) @ heads[HEADS + KV_HEADS + group])
-    projected: Floats = np.concatenate(out, axis=1) @ w[f"{i}.o"].T
-    return projected + w.get(f"{i}.o_bias", np.float32(0))
+    return projected(world, f"{i}.o", np.concatenate(out, axis=1))
+
+
+def projected(world: World, name: str, x: Floats) -> Floats:
+    y: Floats = x @ world.floats[name].T
+    return y + world.floats.get(f"{name}_bias", np.float32(0))
 
 
 def turned(world: World, heads: Floats) -> Floats:

@@ -29,8 +29,9 @@ from vqkernels.matrix import Matrix, aligned_empty, matmul, packed_size
 from vqkernels.matrix_weights import (
     DenseWeights,
     GridWeights,
-    InputTransform,
     TcqWeights,
+    Transform,
+    VqColumns,
     VqWeights,
     Weights,
 )
@@ -88,8 +89,8 @@ def tcq(bits: int, trellis_bits: int = 12, group_size: int = 0) -> Maker:
     return make
 
 
-def vq(length: int, *sizes: int) -> Maker:
-    def make(out: int, columns: int, seed: int) -> Weights:
+def vq(length: int, *sizes: int) -> Callable[[int, int, int], VqWeights]:
+    def make(out: int, columns: int, seed: int) -> VqWeights:
         random = np.random.default_rng(seed)
         rows = -(-out // length)
         return VqWeights(
@@ -97,6 +98,25 @@ def vq(length: int, *sizes: int) -> Maker:
             tuple((random.standard_normal((k, length)) * 0.05).astype(np.float16) for k in sizes),
             out,
         )
+
+    return make
+
+
+def beside(*makers: Callable[[int, int, int], VqWeights]) -> Maker:
+    """Parts over runs of columns, as wide as there are columns for."""
+
+    def make(out: int, columns: int, seed: int) -> Weights:
+        widths = [
+            columns * (i + 1) ** 2 // sum((j + 1) ** 2 for j in range(len(makers)))
+            for i in range(len(makers) - 1)
+        ]
+        widths = [width for width in widths if width]
+        widths.append(columns - sum(widths))
+        parts = tuple(
+            maker(out, width, seed + i)
+            for i, (maker, width) in enumerate(zip(makers, widths, strict=False))
+        )
+        return VqColumns(parts) if len(parts) > 1 else parts[0]
 
     return make
 
@@ -131,6 +151,20 @@ FORMATS: dict[str, Maker] = {
     "vq8-4096-64": vq(8, 4096, 64),
     "vq8-65536": vq(8, 65536),
     "vq16-512-512": vq(16, 512, 512),
+    "vq1-4": vq(1, 4),
+    "vq2-300": vq(2, 300),
+    "vq3-256": vq(3, 256),
+    "vq3-4096": vq(3, 4096),
+    "vq5-300-64": vq(5, 300, 64),
+    "vq7-128": vq(7, 128),
+    "vq9-256-100": vq(9, 256, 100),
+    "vq12-4096-4096": vq(12, 4096, 4096),
+    "vq13-256": vq(13, 256),
+    "vq15-300": vq(15, 300),
+    "outliers-4-8": beside(vq(4, 1024), vq(8, 65536, 256)),
+    "outliers-3-8": beside(vq(3, 256), vq(8, 256)),
+    "groups-6": beside(vq(6, 256, 16), vq(6, 300, 16), vq(6, 64, 16)),
+    "outliers-2-groups-5": beside(vq(2, 16), vq(5, 512), vq(5, 256)),
 }
 
 
@@ -155,8 +189,8 @@ def relative(y: Floats, exact: Floats) -> float:
     return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
 
 
-def check_tiers(parts: list[Weights], x: Floats, transform: InputTransform | None = None) -> None:
-    transform = transform or InputTransform()
+def check_tiers(parts: list[Weights], x: Floats, transform: Transform | None = None) -> None:
+    transform = transform or Transform()
     expected = matrix_reference.matmul_int8(parts, x, transform)
     matrix = Matrix(parts, transform)
     for tier in supported_isas():
@@ -211,11 +245,12 @@ def test_large_batches(name: str, batch: int) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_extreme_sums_stay_exact(name: str, sign: float) -> None:
     weights = FORMATS[name](16, 512, 1)
-    extreme = {
+    extreme: dict[type, Callable[[Any], object]] = {
         GridWeights: lambda w: w.codes.fill((1 << w.bits) - 1),
         DenseWeights: lambda w: w.weight.fill(1.0),
         TcqWeights: lambda w: w.table.fill(-128),
         VqWeights: lambda w: w.codebooks[0].fill(1.0),
+        VqColumns: lambda w: [part.codebooks[0].fill(1.0) for part in w.parts],
     }
     extreme[type(weights)](weights)
     check_tiers([weights], np.full((2, 512), sign, dtype=np.float32))
@@ -231,13 +266,15 @@ def test_parts_of_different_formats_stack() -> None:
     np.testing.assert_array_equal(bits(y), bits(np.concatenate(alone, axis=1)))
 
 
-@pytest.mark.parametrize("name", ["grid3", "tcq2", "vq8-4096-64"])
-def test_permutation_scales_and_bias_fold_into_the_input(name: str) -> None:
+@pytest.mark.parametrize("name", ["grid3", "tcq2", "vq8-4096-64", "outliers-3-8"])
+def test_permutation_scales_and_biases(name: str) -> None:
     random = np.random.default_rng(0)
-    transform = InputTransform(
+    row_bias = random.standard_normal(40).astype(np.float32)
+    transform = Transform(
         random.permutation(203),
         random.uniform(0.5, 2.0, 203).astype(np.float32),
         random.standard_normal(203).astype(np.float32),
+        row_bias,
     )
     weights = FORMATS[name](40, 203, 3)
     check_tiers([weights], normal(3, 203), transform)
@@ -245,7 +282,7 @@ def test_permutation_scales_and_bias_fold_into_the_input(name: str) -> None:
     rows = matrix.read_rows(np.arange(40))
     x = normal(3, 203)
     exact = matrix_reference.matmul_float([weights], x, transform)
-    np.testing.assert_allclose(x @ rows.T, exact, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(x @ rows.T + row_bias, exact, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(matmul(matrix, x, exact=True), exact, rtol=1e-3, atol=1e-4)
 
 
@@ -292,23 +329,42 @@ def test_threads_change_nothing(isa: Isa, num_threads: int) -> None:
 
 
 def test_batch_rows_are_independent(isa: Isa) -> None:
-    matrix = Matrix([FORMATS[name](40, 300, 3) for name in FORMATS])
+    made = [make(40, 300, 3) for make in FORMATS.values()]
+    whole = [weights for weights in made if not isinstance(weights, VqColumns)]
+    matrix = Matrix(whole)
     x = normal(9, 300)
     together = matmul(matrix, x)
     for row, y in zip(x, together, strict=True):
         np.testing.assert_array_equal(bits(matmul(matrix, row)), bits(y))
 
 
-def test_words_and_bytes_pack_alike() -> None:
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+def test_words_and_bytes_pack_alike(width: int, asymmetric: bool) -> None:
     random = np.random.default_rng(0)
-    for width in (2, 3, 4, 8):
-        words = random.integers(-(2**31), 2**31, (width * 3, 20)).astype(np.int32)
-        scales = half(random, 1, 20)
-        codes = matrix_reference.unpack_words(words, width)
-        x = normal(2, 96)
-        a = matmul(Matrix(GridWeights(words, scales, bits=width, group_size=0)), x)
-        b = matmul(Matrix(GridWeights(codes, scales, bits=width, group_size=0)), x)
-        np.testing.assert_array_equal(bits(a), bits(b))
+    words = random.integers(-(2**31), 2**31, (width * 3, 20)).astype(np.int32)
+    zeros = random.integers(0, 1 << width, (1, 20)).astype(np.uint8) if asymmetric else None
+    scales = half(random, 1, 20)
+    codes = matrix_reference.unpack_words(words, width)
+    x = normal(2, 96)
+    a = matmul(Matrix(GridWeights(words, scales, zeros, width, group_size=0)), x)
+    b = matmul(Matrix(GridWeights(codes, scales, zeros, width, group_size=0)), x)
+    np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def test_rows_that_are_cut_alike_stack_and_split_over_threads() -> None:
+    parts = [FORMATS["outliers-3-8"](out, 300, 3) for out in (100, 7, 250)]
+    check_tiers(parts, normal(5, 300))
+    matrix = Matrix(parts)
+    for batch in (1, 9):
+        x = normal(batch, 300)
+        expected = matmul(matrix, x)
+        exact = matmul(matrix, x, exact=True)
+        with ThreadPool(3) as pool:
+            np.testing.assert_array_equal(bits(matmul(matrix, x, pool)), bits(expected))
+            np.testing.assert_array_equal(bits(matmul(matrix, x, pool, exact=True)), bits(exact))
+    with pytest.raises(ShapeError):
+        Matrix([*parts, FORMATS["vq4-256"](8, 300, 3)])
 
 
 def test_symmetric_zero_points_are_dropped() -> None:
@@ -403,6 +459,7 @@ SCALES = np.ones((1, 8), dtype=np.float16)
 TABLE = np.zeros(256, dtype=np.int8)
 INDICES = np.zeros((2, 64), dtype=np.uint16)
 CODEBOOK = np.zeros((256, 4), dtype=np.float16)
+VECTORS = VqWeights((INDICES,), (CODEBOOK,), 8)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +477,9 @@ CODEBOOK = np.zeros((256, 4), dtype=np.float16)
         (lambda: TcqWeights(CODES, SCALES, TABLE, 2, 8), LayoutError, "bits 8"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 2, 2), LayoutError, "multiplier is 2"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 3, 2), ShapeError, r"codes has shape \(64, 8\)"),
-        (lambda: VqWeights((INDICES,), (CODEBOOK[:, :3],), 8), LayoutError, "length is 3"),
+        (lambda: VqWeights((INDICES,), (np.tile(CODEBOOK, 5),), 8), LayoutError, "length is 20"),
+        (lambda: VqColumns((VECTORS,)), ShapeError, "1 parts with out_features"),
+        (lambda: VqColumns((VECTORS, replace(VECTORS, out_features=7))), ShapeError, "7, 8"),
         (lambda: VqWeights((INDICES + 256,), (CODEBOOK,), 8), ShapeError, "holds 256"),
         (lambda: VqWeights((INDICES,), (CODEBOOK,), 9), ShapeError, "indices.0. has shape"),
         (lambda: VqWeights((INDICES,), (), 8), ShapeError, "one or two"),
@@ -436,4 +495,4 @@ def test_bad_weights_are_named(
 
 def test_a_permutation_must_be_one() -> None:
     with pytest.raises(ShapeError, match="not a permutation"):
-        Matrix(FORMATS["grid4"](8, 32, 3), InputTransform(np.zeros(32, dtype=np.int64)))
+        Matrix(FORMATS["grid4"](8, 32, 3), Transform(np.zeros(32, dtype=np.int64)))

@@ -18,8 +18,11 @@ from safetensors.numpy import load_file, save_file
 from vqkernels import NativeStatus, forced_isa, native_status, supported_isas
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import ExecutorUnavailable, InvalidConfig, UnsupportedModel
+from vqllm.formats.base import FolderFormat
 from vqllm.formats.gptq import GptqFormat, packed_tensors
-from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
+from vqllm.formats.vptq import VptqFormat
+from vqllm.quantization.base import Arrays, GroupedLinear, GroupedSpec, contiguous_groups
+from vqllm.quantization.vptq_linear import VptqLinear, VptqSpec, layer_config
 from vqllm.runtime.engine import EngineConfig
 from vqllm.runtime.executors import native
 from vqllm.runtime.executors.base import Logits
@@ -43,7 +46,61 @@ pytestmark = pytest.mark.skipif(
 
 def quantized(folder: Path, target: Path, bits: int = 4, group_size: int = 32) -> Checkpoint:
     """The folder with every linear rounded to the nearest code, as a GPTQ folder."""
-    plain, form = Checkpoint(folder), GptqFormat(GroupedSpec(bits, group_size))
+    form = GptqFormat(GroupedSpec(bits, group_size))
+
+    def packed(name: str, weight: NDArray[np.float32]) -> Arrays:
+        return packed_tensors(name, rounded(weight, form.spec), form)
+
+    return written(folder, target, packed, lambda: form)
+
+
+def vectorized(folder: Path, target: Path, spec: VptqSpec) -> Checkpoint:
+    """The folder with every linear made of random vectors, as a VPTQ folder."""
+    random, layers = np.random.default_rng(9), {}
+
+    def packed(name: str, weight: NDArray[np.float32]) -> Arrays:
+        linear = random_vectors(weight.shape, spec, 0.5 * float(weight.std()), random)
+        layers[name] = layer_config(linear)
+        return {f"{name}.{part}": values for part, values in linear.tensors().items()}
+
+    return written(folder, target, packed, lambda: VptqFormat(layers))
+
+
+def random_vectors(
+    shape: tuple[int, ...], spec: VptqSpec, scale: float, random: np.random.Generator
+) -> VptqLinear:
+    (out, columns), v, v0 = shape, spec.vector_length, spec.outlier_vector_length
+
+    def indices(count: int, *shape: int) -> NDArray[np.uint16]:
+        return random.integers(0, count, shape).astype(np.uint16)
+
+    def codebook(*shape: int) -> NDArray[np.float16]:
+        return (scale * random.standard_normal(shape)).astype(np.float16)
+
+    groups = (spec.num_groups, -(-out // v), spec.group_size(columns))
+    return VptqLinear(
+        num_rows=out,
+        spec=spec,
+        indices=indices(spec.num_centroids, *groups),
+        centroids=codebook(spec.num_groups, spec.num_centroids, v),
+        res_indices=indices(spec.num_res_centroids, *groups),
+        res_centroids=codebook(spec.num_groups, spec.num_res_centroids, v),
+        outlier_indices=indices(spec.num_outlier_centroids, -(-out // v0), spec.num_outliers),
+        outlier_centroids=codebook(spec.num_outlier_centroids, v0),
+        order=random.permutation(columns).astype(np.uint16),
+        column_scales=random.uniform(0.5, 1.5, columns).astype(np.float16),
+        column_biases=codebook(columns),
+    )
+
+
+def written(
+    folder: Path,
+    target: Path,
+    packed: Callable[[str, NDArray[np.float32]], Arrays],
+    form: Callable[[], FolderFormat],
+) -> Checkpoint:
+    """The folder with `packed` tensors for every linear; `form` is asked after that."""
+    plain = Checkpoint(folder)
     linears = plain.linear_names()
     tensors = {
         name: np.array(plain.store.raw(name))
@@ -51,11 +108,11 @@ def quantized(folder: Path, target: Path, bits: int = 4, group_size: int = 32) -
         if name.removesuffix(".weight") not in linears
     }
     for name in linears:
-        tensors |= packed_tensors(name, rounded(plain.dense_linear(name), form.spec), form)
+        tensors |= packed(name, plain.dense_linear(name))
     target.mkdir()
     save_file(tensors, target / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = form.to_dict()
+    config["quantization_config"] = form().to_dict()
     (target / "config.json").write_text(json.dumps(config))
     return Checkpoint(target)
 
@@ -134,6 +191,21 @@ def test_every_shape_of_attention(
     assert_follows_the_reference(quantized(make_folder(**changes), tmp_path / "q"))
 
 
+def test_outlier_columns_and_groups_with_codebooks_of_their_own(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    spec = VptqSpec(
+        vector_length=6,
+        num_centroids=512,
+        num_res_centroids=64,
+        num_groups=2,
+        num_outliers=8,
+        outlier_vector_length=4,
+        has_order=True,
+    )
+    assert_follows_the_reference(vectorized(tiny_folder, tmp_path / "q", spec))
+
+
 def test_biases_of_queries_keys_and_values(make_folder: MakeFolder, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(5)
     sizes = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
@@ -143,6 +215,20 @@ def test_biases_of_queries_keys_and_values(make_folder: MakeFolder, tmp_path: Pa
         for part, size in sizes.items()
     }
     folder = make_folder(tensors=biases, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    assert_follows_the_reference(quantized(folder, tmp_path / "q"))
+
+
+def test_biases_of_attention_and_mlp(make_folder: MakeFolder, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows = {"q": 64, "k": 32, "v": 32, "o": 64}
+    sizes = {f"self_attn.{part}_proj": size for part, size in rows.items()}
+    sizes |= {"mlp.gate_proj": 160, "mlp.up_proj": 160, "mlp.down_proj": 64}
+    biases = {
+        f"model.layers.{layer}.{part}.bias": torch.randn(size, generator=generator)
+        for layer in range(2)
+        for part, size in sizes.items()
+    }
+    folder = make_folder(tensors=biases, attention_bias=True, mlp_bias=True)
     assert_follows_the_reference(quantized(folder, tmp_path / "q"))
 
 
@@ -272,12 +358,6 @@ def test_groups_without_a_kernel_are_refused_by_layer(tiny_folder: Path, tmp_pat
     checkpoint = quantized(tiny_folder, tmp_path / "q", group_size=16)
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.self_attn\.q_proj.*groups of 16"):
         NativeExecutor(checkpoint, 128, 1)
-
-
-def test_biases_of_the_mlp_are_refused(make_folder: MakeFolder) -> None:
-    folder = make_folder(tensors={"model.layers.0.mlp.up_proj.bias": torch.zeros(160)})
-    with pytest.raises(UnsupportedModel, match="MLP biases"):
-        NativeExecutor(Checkpoint(folder), 128, 1)
 
 
 @pytest.fixture

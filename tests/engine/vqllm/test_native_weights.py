@@ -94,6 +94,12 @@ def vectors(spec: VptqSpec) -> VptqLinear:
         return random.standard_normal((spec.num_groups, count, v)).astype(np.float16)
 
     has_residual = spec.num_res_centroids > 0
+    outlier_indices = outlier_centroids = None
+    if spec.num_outliers:
+        v0, k0 = spec.outlier_vector_length, spec.num_outlier_centroids
+        outlier_shape = (-(-OUT // v0), spec.num_outliers)
+        outlier_indices = random.integers(0, k0, outlier_shape).astype(np.uint16)
+        outlier_centroids = random.standard_normal((k0, v0)).astype(np.float16)
     return VptqLinear(
         num_rows=OUT,
         spec=spec,
@@ -101,6 +107,8 @@ def vectors(spec: VptqSpec) -> VptqLinear:
         centroids=codebook(spec.num_centroids),
         res_indices=indices(spec.num_res_centroids) if has_residual else None,
         res_centroids=codebook(spec.num_res_centroids) if has_residual else None,
+        outlier_indices=outlier_indices,
+        outlier_centroids=outlier_centroids,
         order=random.permutation(IN).astype(np.uint16) if spec.has_order else None,
         column_scales=halves((IN,), 3) if spec.has_norm else None,
         column_biases=halves((IN,), 4, -0.5) if spec.has_norm else None,
@@ -115,6 +123,20 @@ def vectors(spec: VptqSpec) -> VptqLinear:
         VptqSpec(vector_length=8, num_centroids=256, num_res_centroids=256, has_order=True),
         VptqSpec(vector_length=8, num_centroids=4096, has_norm=False, has_order=True),
         VptqSpec(vector_length=16, num_centroids=1024, num_res_centroids=16),
+        VptqSpec(vector_length=3, num_centroids=256),
+        VptqSpec(vector_length=12, num_centroids=4096, num_res_centroids=4096, has_order=True),
+        VptqSpec(num_groups=2, has_order=True),
+        VptqSpec(vector_length=6, num_groups=5, num_res_centroids=16, has_order=True),
+        VptqSpec(vector_length=8, num_outliers=32, num_outlier_centroids=64, has_order=True),
+        VptqSpec(
+            vector_length=8,
+            num_centroids=4096,
+            num_groups=3,
+            num_outliers=10,
+            outlier_vector_length=4,
+            num_outlier_centroids=1024,
+            has_order=True,
+        ),
     ],
 )
 def test_vectors(spec: VptqSpec) -> None:
@@ -122,7 +144,5 @@ def test_vectors(spec: VptqSpec) -> None:
 
 
 def test_vectors_without_a_kernel_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match="x: no native kernel for 2 column groups"):
-        pack_quantized(vectors(VptqSpec(num_groups=2, has_order=True)), "x")
-    with pytest.raises(UnsupportedModel, match="vectors of 5"):
-        pack_quantized(vectors(VptqSpec(vector_length=5)), "x")
+    with pytest.raises(UnsupportedModel, match="x: no native kernel for vectors of 17"):
+        pack_quantized(vectors(VptqSpec(vector_length=17)), "x")

@@ -207,7 +207,6 @@ def check_supported(config: LlamaConfig) -> None:
         "latent attention": config.mla is not None,
         "experts": config.moe is not None,
         "interleaved rotary pairs": config.rope.interleaved,
-        "MLP biases": any(part.startswith("mlp.") for part in config.biases),
         f"head_dim {config.head_dim}": config.head_dim % 2 != 0,
     }
     found = [feature for feature, is_needed in missing.items() if is_needed]
@@ -286,10 +285,6 @@ def _load_layer(
     def matrix(part: str) -> Matrix:
         return linears[f"{prefix}.{part}"].result()
 
-    if _bias(checkpoint, layer, (*MLP, DOWN)) is not None:
-        raise UnsupportedModel(
-            f"the native executor has no MLP biases ({prefix}); use the executor torch"
-        )
     return DecoderLayer(
         input_norm=checkpoint.norm(f"{prefix}.input_layernorm.weight"),
         post_attention_norm=checkpoint.norm(f"{prefix}.post_attention_layernorm.weight"),
@@ -297,25 +292,7 @@ def _load_layer(
         output=matrix(OUTPUT),
         gate_up=[matrix(part) for part in MLP],
         down=matrix(DOWN),
-        qkv_bias=_bias(checkpoint, layer, ATTENTION),
-        output_bias=_bias(checkpoint, layer, (OUTPUT,)),
         sliding_window=config.window(layer) or 0,
-    )
-
-
-def _bias(checkpoint: Checkpoint, layer: int, parts: Sequence[str]) -> Floats | None:
-    """Biases of linears one after the other, zeros where one has none; None where none has."""
-    names = {part: f"model.layers.{layer}.{part}.bias" for part in parts}
-    if not any(name in checkpoint.store for name in names.values()):
-        return None
-    shapes = checkpoint.config.linear_shapes(layer)
-    return np.concatenate(
-        [
-            checkpoint.dense(name, shapes[part][:1])
-            if name in checkpoint.store
-            else np.zeros(shapes[part][0], dtype=np.float32)
-            for part, name in names.items()
-        ]
     )
 
 
