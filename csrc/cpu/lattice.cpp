@@ -15,16 +15,18 @@
 #include <vector>
 
 #include "dispatch.hpp"
+#include "lattice_codebook.hpp"
 #include "vqkernels.h"
 
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int32_t kMaxSupport = VQ_LATTICE_MAX_SUPPORT;
-// Above this many codes the table of separations (64 MiB) is not kept; rows are made when needed.
-constexpr std::int32_t kMaxTableCodes = 4096;
 constexpr std::int32_t kExtensions = 4;  // codes tried per support that grows
 constexpr std::int32_t kBins = 64;       // of the coarse ranking of codes by distance
+constexpr float kRounding = 4e-6f;       // more than all roundings of an error, over its terms
+constexpr float kQuanta = 3.0f;           // that words and their scales are off by together
+constexpr float kLeastWidth = 1e-30f;    // of all bins; a quotient by less may overflow
 constexpr std::int32_t kSorted = vq::kLanes;  // pairs are scanned for these nearest codes first
 
 struct State {
@@ -168,81 +170,28 @@ Compositions make_compositions(std::int32_t denominator, std::int32_t size) {
   return out;
 }
 
-// Squared distances between codes over n, made row by row when first asked for.
-class Separations {
- public:
-  Separations(const vq_lattice_job &job, const vq::LatticeOps &ops, const float *transposed,
-              std::int32_t padded)
-      : job_(job), ops_(ops), transposed_(transposed), padded_(padded),
-        share_(1.0f / static_cast<float>(job.denominator)),
-        is_table_(job.num_codes <= kMaxTableCodes) {
-    const std::int32_t rows = is_table_ ? job.num_codes : kMaxSupport;
-    rows_.reset(new float[static_cast<std::size_t>(rows) * padded]);
-    made_.assign(is_table_ ? job.num_codes : 0, 0);
-  }
-
-  // Row of code i: |c_i - c_j|^2 / n, -inf for j = i and for copies of c_i. Without a table it lies in
-  // scratch `slot` until the slot is used again.
-  const float *row(std::int32_t i, std::int32_t slot) {
-    float *out = rows_.get() + static_cast<std::int64_t>(is_table_ ? i : slot) * padded_;
-    if (is_table_ && made_[i] != 0) {
-      return out;
-    }
-    ops_.distances(code(i), transposed_, job_.num_features, padded_, out);
-    for (std::int32_t j = 0; j < job_.num_codes; ++j) {
-      out[j] = out[j] > 0.0f ? out[j] * share_ : -kInfinity;
-    }
-    if (is_table_) {
-      made_[i] = 1;
-    }
-    return out;
-  }
-
-  // One entry, by the same operations in the same order.
-  float between(std::int32_t i, std::int32_t j) const {
-    if (is_table_ && made_[i] != 0) {
-      return rows_[static_cast<std::size_t>(i) * padded_ + j];
-    }
-    const float *a = code(i);
-    const float *b = code(j);
-    float sum = 0.0f;
-    for (std::int32_t f = 0; f < job_.num_features; ++f) {
-      const float difference = a[f] - b[f];
-      sum = sum + difference * difference;
-    }
-    return sum > 0.0f ? sum * share_ : -kInfinity;
-  }
-
- private:
-  const float *code(std::int32_t i) const {
-    return job_.codebook + static_cast<std::int64_t>(i) * job_.num_features;
-  }
-
-  const vq_lattice_job &job_;
-  const vq::LatticeOps &ops_;
-  const float *transposed_;
-  std::int32_t padded_;
-  float share_;
-  bool is_table_;
-  std::unique_ptr<float[]> rows_;  // not cleared: pages of rows that nobody asks for stay unused
-  std::vector<std::uint8_t> made_;
-};
-
 class Search {
  public:
-  explicit Search(const vq_lattice_job &job)
-      : job_(job), ops_(vq::lattice_ops()), padded_(round_up(job.num_codes)),
-        transposed_(transpose(job, padded_)), rows_(job, ops_, transposed_.data(), padded_),
+  Search(const vq_lattice_job &job, vq::LatticeCodebook &codes)
+      : job_(job), ops_(vq::lattice_ops()), codes_(codes), padded_(codes.padded()),
+        scratch_(codes.has_table() ? 0 : static_cast<std::size_t>(kMaxSupport) * padded_),
         distances_(static_cast<std::size_t>(padded_)),
         mixed_(static_cast<std::size_t>(job.max_support > 2 ? padded_ : 0)),
-        keys_(static_cast<std::size_t>(job.num_codes)), best_(job.count, false),
-        beam_(job.max_support > 2 ? job.beam : 0, true), grown_(beam_), codes_(kExtensions, true) {
+        keys_(static_cast<std::size_t>(job.num_codes)), listed_(static_cast<std::size_t>(padded_)),
+        bins_(static_cast<std::size_t>(padded_)), best_(job.count, false),
+        beam_(job.max_support > 2 ? job.beam : 0, true), grown_(beam_),
+        extensions_(kExtensions, true) {
     for (std::int32_t size = 2; size <= job.max_support; ++size) {
       compositions_[size] = make_compositions(job.denominator, size);
     }
-    bins_.resize(static_cast<std::size_t>(job.num_codes));
+    
     for (std::int32_t w = 0; w < job.denominator / 2; ++w) {
       heavy_[w] = heavy_codes(job, w);
+    }
+    if (job.max_support > 1 && codes.quantum() > 0.0f) {
+      const std::size_t words = static_cast<std::size_t>(job.denominator / 2) * codes.stride();
+      caps_.assign(words, 0);
+      floors_.assign(words, 0);
     }
   }
 
@@ -254,21 +203,6 @@ class Search {
   }
 
  private:
-  static std::int32_t round_up(std::int32_t count) {
-    return (count + vq::kLanes - 1) / vq::kLanes * vq::kLanes;
-  }
-
-  static std::vector<float> transpose(const vq_lattice_job &job, std::int32_t padded) {
-    std::vector<float> out(static_cast<std::size_t>(job.num_features) * padded, 0.0f);
-    for (std::int32_t j = 0; j < job.num_codes; ++j) {
-      for (std::int32_t f = 0; f < job.num_features; ++f) {
-        out[static_cast<std::size_t>(f) * padded + j] =
-            job.codebook[static_cast<std::size_t>(j) * job.num_features + f];
-      }
-    }
-    return out;
-  }
-
   // The heavier a code of a good pair, the nearer it is. On latents of trained models 99 % of the
   // best pairs have their heavier code within these shares of the codes: all at weights up to
   // 9/16, 1/2 at 5/8, 1/8 at 3/4, 1/32 at 7/8.
@@ -282,7 +216,9 @@ class Search {
   }
 
   void search_latent(const float *z) {
-    ops_.distances(z, transposed_.data(), job_.num_features, padded_, distances_.data());
+    ops_.distances(z, codes_.transposed(), job_.num_features, padded_, distances_.data());
+    std::fill(distances_.begin() + job_.num_codes, distances_.end(), distances_[0]);
+    range_ = ops_.range(distances_.data(), padded_);
     std::fill(distances_.begin() + job_.num_codes, distances_.end(), kInfinity);
     best_.clear();
     beam_.clear();
@@ -308,10 +244,11 @@ class Search {
   // near_: the `wanted` nearest codes, nearest first.
   void find_near(std::int32_t wanted) {
     const float limit = wanted <= kSorted ? near_limit() : kInfinity;
-    std::size_t count = 0;
-    for (std::int32_t j = 0; j < job_.num_codes; ++j) {
-      keys_[count] = key(j);
-      count += static_cast<std::size_t>(distances_[j] <= limit);
+    std::int32_t count = ops_.at_most(distances_.data(), padded_, limit, listed_.data());
+    // The padding comes last, and only an infinite limit admits it.
+    count = std::min(count, job_.num_codes);
+    for (std::int32_t i = 0; i < count; ++i) {
+      keys_[i] = key(listed_[i]);
     }
     const auto end = keys_.begin() + wanted;
     std::partial_sort(keys_.begin(), end, keys_.begin() + count);
@@ -335,20 +272,20 @@ class Search {
 
   // Bins of equal width over the distances: a coarse ranking that costs one pass.
   void fill_bins() {
-    const auto end = distances_.begin() + job_.num_codes;
-    const float least = *std::min_element(distances_.begin(), end);
-    const float most = *std::max_element(distances_.begin(), end);
-    farthest_ = std::sqrt(most);
-    const float width = most - least;
+    farthest_ = std::sqrt(range_.most);
+    const float width = range_.most - range_.least;
     const float scale =
-        width > 0.0f && width < kInfinity ? static_cast<float>(kBins) * 0.999f / width : 0.0f;
+        width > kLeastWidth && width < kInfinity ? static_cast<float>(kBins) * 0.999f / width : 0.0f;
+    if (scale > 0.0f) {
+      ops_.to_words(distances_.data(), padded_, range_.least, scale, bins_.data());
+    } else {
+      std::fill(bins_.begin(), bins_.end(), std::uint16_t{0});
+    }
     std::fill_n(bin_counts_, kBins, 0);
     for (std::int32_t j = 0; j < job_.num_codes; ++j) {
-      const std::int32_t bin =
-          scale > 0.0f ? static_cast<std::int32_t>((distances_[j] - least) * scale) : 0;
-      bins_[j] = static_cast<std::uint8_t>(bin);
-      ++bin_counts_[bin];
+      ++bin_counts_[bins_[j]];
     }
+    bin_width_ = scale > 0.0f ? width / (static_cast<float>(kBins) * 0.999f) : kInfinity;
   }
 
   // How many weights, from equal ones upwards, are scanned for heavier codes of each bin.
@@ -417,12 +354,75 @@ class Search {
     for (const std::int32_t code : near_) {
       scan_pairs(job, code);
     }
-    const std::uint64_t done = key(near_.back());
-    for (std::int32_t j = 0; j < job_.num_codes; ++j) {
-      if (key(j) > done) {
-        scan_pairs(job, j);
+    list_waiting();
+    if (codes_.quantum() > 0.0f) {
+      screen(job);
+    }
+    for (std::size_t i = 0; i < waiting_.size(); ++i) {
+      if (passed_[i] != 0) {
+        scan_pairs(job, waiting_[i].code);
       }
     }
+  }
+
+  // waiting_: the codes behind near_ that are near enough to be the heavier one of a pair, by index.
+  void list_waiting() {
+    const std::uint64_t done = key(near_.back());
+    waiting_.clear();
+    // A negative limit, by rounding, makes reach_ NaN, which rules nothing out.
+    const float reach = reach_[0] < reach_of_bins() ? reach_[0] : reach_of_bins();
+    const std::int32_t count = ops_.at_most(distances_.data(), padded_, reach, listed_.data());
+    for (std::int32_t i = 0; i < std::min(count, job_.num_codes); ++i) {
+      const std::int32_t j = listed_[i];
+      const std::int32_t num_weights = weights_in_reach(j);
+      if (num_weights > 0 && key(j) > done) {
+        waiting_.push_back({nullptr, j, num_weights});
+      }
+    }
+    passed_.assign(waiting_.size(), 1);
+  }
+
+  // No code beyond lies in a bin of any weight.
+  float reach_of_bins() const {
+    std::int32_t used = 0;
+    while (used < kBins && bin_weights_[used] > 0) {
+      ++used;
+    }
+    return used < kBins ? range_.least + static_cast<float>(used + 1) * bin_width_ : kInfinity;
+  }
+
+  // A weight w puts the pair (i, j) under the limit only if keep * separation_ij - distance_j >
+  // (kept_i - limit) / add. In whole quanta, separations rounded up and distances down, that is a
+  // subtraction of 16-bit words: passed_ says for which waiting codes it holds for some j and w.
+  void screen(const vq::ScanJob &job) {
+    const float n = static_cast<float>(job_.denominator);
+    const float slack = rounding_slack(job.limit);
+    if (!(slack < kInfinity)) {
+      return;
+    }
+    const std::int32_t half = job_.denominator / 2;
+    for (std::int32_t w = 0; w < half; ++w) {
+      const std::int64_t at = static_cast<std::int64_t>(w) * codes_.stride();
+      const float keep = n - static_cast<float>(half - w);
+      const float per_quantum = 1.0f / (keep * codes_.quantum());
+      ops_.to_words(distances_.data(), padded_, 0.0f, per_quantum, caps_.data() + at);
+      // floor = (keep / n * distance_i - limit) / add / keep in quanta, less the slack.
+      const float quanta = 1.0f / (job.add[w] * n * codes_.quantum());
+      ops_.to_words(distances_.data(), padded_, (job.limit + slack) * n / keep + kQuanta / quanta,
+                    quanta, floors_.data() + at);
+    }
+    for (vq::ScreenRow &row : waiting_) {
+      row.separations = codes_.bounds(row.code);
+    }
+    const vq::ScreenJob words{caps_.data(), floors_.data(), codes_.stride()};
+    ops_.screen(words, waiting_.data(), static_cast<std::int32_t>(waiting_.size()),
+                passed_.data());
+  }
+
+  // More than all roundings of an error under the limit can come to: a share of its largest terms.
+  float rounding_slack(float limit) const {
+    const float n = static_cast<float>(job_.denominator);
+    return kRounding * (n * codes_.widest() + range_.most + limit);
   }
 
   // By the triangle inequality an error is at least (a |z - c_i| - b |z - c_j|)^2: a heavier code
@@ -438,21 +438,35 @@ class Search {
     }
   }
 
-  void scan_pairs(vq::ScanJob &job, std::int32_t heavy) {
-    const float base = distances_[heavy];
-    job.num_weights = bin_weights_[bins_[heavy]];
-    while (job.num_weights > 0 && base > reach_[job.num_weights - 1]) {
-      --job.num_weights;
+  std::int32_t weights_in_reach(std::int32_t heavy) const {
+    std::int32_t count = bin_weights_[bins_[heavy]];
+    while (count > 0 && distances_[heavy] > reach_[count - 1]) {
+      --count;
     }
+    return count;
+  }
+
+  // Row of code i as in LatticeCodebook; without a table in scratch `slot` until it is used again.
+  const float *separations(std::int32_t i, std::int32_t slot) {
+    if (codes_.has_table()) {
+      return codes_.row(i);
+    }
+    float *out = scratch_.data() + static_cast<std::int64_t>(slot) * padded_;
+    codes_.write_row(i, out);
+    return out;
+  }
+
+  void scan_pairs(vq::ScanJob &job, std::int32_t heavy) {
+    job.num_weights = weights_in_reach(heavy);
     if (job.num_weights == 0) {
       return;
     }
     // Equal weights: where every code gets its turn, each pair need be seen only once.
     const bool is_once =
         job.num_weights == 1 && heavy_[0] >= job_.num_codes && job_.denominator % 2 == 0;
-    job.padded = is_once ? round_up(heavy) : padded_;
-    job.separation = rows_.row(heavy, 0);
-    set_base(job, base);
+    job.padded = is_once ? (heavy + vq::kLanes - 1) / vq::kLanes * vq::kLanes : padded_;
+    job.separation = separations(heavy, 0);
+    set_base(job, distances_[heavy]);
     if (!ops_.scan_finds(job)) {
       return;
     }
@@ -502,20 +516,20 @@ class Search {
     float weights[kMaxSupport];
     float offset = 0.0f;
     for (std::int32_t a = 0; a < state.size; ++a) {
-      rows[a] = rows_.row(state.index[a], a);
+      rows[a] = separations(state.index[a], a);
       weights[a] = static_cast<float>(state.numerator[a]) / static_cast<float>(job_.denominator);
       for (std::int32_t b = 0; b < a; ++b) {
-        offset = offset - weights[a] * weights[b] * rows_.between(state.index[a], state.index[b]);
+        offset = offset - weights[a] * weights[b] * codes_.between(state.index[a], state.index[b]);
       }
     }
     ops_.mix(rows, weights, state.size, offset, padded_, mixed_.data());
-    codes_.clear();
+    extensions_.clear();
     vq::ScanJob job = make_job();
     job.separation = mixed_.data();
     set_base(job, state.error);
     Scan scan{this, &state};
     ops_.scan(job, on_extensions, &scan);
-    for (const State &found : codes_.states()) {
+    for (const State &found : extensions_.states()) {
       State support = state;
       support.index[support.size++] = found.index[0];
       weigh(support);
@@ -531,10 +545,10 @@ class Search {
       if (((lanes >> lane) & 1u) != 0) {
         found.index[0] = first + lane;
         found.error = errors[lane];
-        self.codes_.add(found);
+        self.extensions_.add(found);
       }
     }
-    return self.codes_.worst();
+    return self.extensions_.worst();
   }
 
   struct Weighing {
@@ -556,7 +570,7 @@ class Search {
     }
     for (std::int32_t b = 1; b < support.size; ++b) {
       for (std::int32_t a = 0; a < b; ++a) {
-        job.values[job.num_terms++] = rows_.between(support.index[a], support.index[b]);
+        job.values[job.num_terms++] = codes_.between(support.index[a], support.index[b]);
       }
     }
     job.limit = weigh_limit();
@@ -602,23 +616,30 @@ class Search {
 
   const vq_lattice_job &job_;
   const vq::LatticeOps &ops_;
+  vq::LatticeCodebook &codes_;
   std::int32_t padded_;
-  std::vector<float> transposed_;
-  Separations rows_;
+  std::vector<float> scratch_;  // rows of separations of a codebook without a table
   std::vector<float> distances_;
   std::vector<float> mixed_;
+  vq::Range range_ = {};
   std::vector<std::uint64_t> keys_;
+  std::vector<std::int32_t> listed_;
   std::vector<std::int32_t> near_;
   float farthest_ = 0.0f;
   float reach_[vq::kMaxWeights] = {};
   std::int32_t heavy_[vq::kMaxWeights] = {};  // per weight: how many heavier codes are scanned
-  std::vector<std::uint8_t> bins_;
+  std::vector<std::uint16_t> bins_;
   std::int32_t bin_counts_[kBins] = {};
   std::int32_t bin_weights_[kBins] = {};
+  float bin_width_ = 0.0f;
+  std::vector<std::uint16_t> caps_;    // [weights][stride]
+  std::vector<std::uint16_t> floors_;  // likewise
+  std::vector<vq::ScreenRow> waiting_;
+  std::vector<std::uint8_t> passed_;
   Best best_;
   Best beam_;
   Best grown_;
-  Best codes_;
+  Best extensions_;
   Compositions compositions_[kMaxSupport + 1];
 };
 
@@ -637,15 +658,20 @@ bool in_range(std::int32_t value, std::int32_t low, std::int32_t high) {
   return value >= low && value <= high;
 }
 
+bool has_codes(std::int32_t num_codes, std::int32_t num_features, std::int32_t denominator) {
+  return in_range(num_features, 1, VQ_LATTICE_MAX_FEATURES) &&
+         in_range(num_codes, 1, VQ_LATTICE_MAX_CODES) &&
+         in_range(denominator, 1, VQ_LATTICE_MAX_DENOMINATOR);
+}
+
+// Everything but the codebook's values.
 std::int32_t check(const vq_lattice_job *job) {
-  if (job == nullptr || job->latents == nullptr || job->codebook == nullptr ||
-      job->errors == nullptr || job->indices == nullptr || job->numerators == nullptr) {
+  if (job == nullptr || job->latents == nullptr || job->errors == nullptr ||
+      job->indices == nullptr || job->numerators == nullptr) {
     return VQ_ERR_NULL;
   }
   const bool fits = in_range(job->num_latents, 0, VQ_MAX_FEATURES) &&
-                    in_range(job->num_features, 1, VQ_LATTICE_MAX_FEATURES) &&
-                    in_range(job->num_codes, 1, VQ_LATTICE_MAX_CODES) &&
-                    in_range(job->denominator, 1, VQ_LATTICE_MAX_DENOMINATOR) &&
+                    has_codes(job->num_codes, job->num_features, job->denominator) &&
                     in_range(job->max_support, 1, VQ_LATTICE_MAX_SUPPORT) &&
                     job->max_support <= std::min(job->num_codes, job->denominator) &&
                     in_range(job->heavy, 1, VQ_LATTICE_MAX_CODES) && in_range(job->exact, 0, 1) &&
@@ -655,20 +681,77 @@ std::int32_t check(const vq_lattice_job *job) {
     return VQ_ERR_SHAPE;
   }
   const std::int64_t features = job->num_features;
-  const bool finite = all_finite(job->latents, job->num_latents * features) &&
-                      all_finite(job->codebook, job->num_codes * features);
-  return finite ? VQ_OK : VQ_ERR_NONFINITE;
+  return all_finite(job->latents, job->num_latents * features) ? VQ_OK : VQ_ERR_NONFINITE;
 }
 
 }  // namespace
 
+struct vq_lattice_codebook {
+  std::vector<float> values;
+  std::unique_ptr<vq::LatticeCodebook> codes;
+};
+
 std::int32_t vq_lattice_search(const vq_lattice_job *job) {
-  const std::int32_t status = check(job);
+  std::int32_t status = check(job);
   if (status != VQ_OK) {
     return status;
   }
+  if (job->codebook == nullptr) {
+    return VQ_ERR_NULL;
+  }
+  if (!all_finite(job->codebook, static_cast<std::int64_t>(job->num_codes) * job->num_features)) {
+    return VQ_ERR_NONFINITE;
+  }
   try {
-    Search(*job).run();
+    vq::LatticeCodebook codes(job->codebook, job->num_codes, job->num_features, job->denominator,
+                              vq::lattice_ops());
+    Search(*job, codes).run();
+  } catch (const std::bad_alloc &) {
+    return VQ_ERR_MEMORY;
+  }
+  return VQ_OK;
+}
+
+std::int32_t vq_lattice_open(const float *codebook, std::int32_t num_codes,
+                             std::int32_t num_features, std::int32_t denominator,
+                             vq_lattice_codebook **opened) {
+  if (codebook == nullptr || opened == nullptr) {
+    return VQ_ERR_NULL;
+  }
+  if (!has_codes(num_codes, num_features, denominator)) {
+    return VQ_ERR_SHAPE;
+  }
+  const std::int64_t count = static_cast<std::int64_t>(num_codes) * num_features;
+  if (!all_finite(codebook, count)) {
+    return VQ_ERR_NONFINITE;
+  }
+  try {
+    auto made = std::make_unique<vq_lattice_codebook>();
+    made->values.assign(codebook, codebook + count);
+    made->codes = std::make_unique<vq::LatticeCodebook>(
+        made->values.data(), num_codes, num_features, denominator, vq::lattice_ops());
+    made->codes->make_all_rows();
+    *opened = made.release();
+  } catch (const std::bad_alloc &) {
+    return VQ_ERR_MEMORY;
+  }
+  return VQ_OK;
+}
+
+void vq_lattice_close(vq_lattice_codebook *codebook) { delete codebook; }
+
+std::int32_t vq_lattice_search_in(const vq_lattice_codebook *codebook, const vq_lattice_job *job) {
+  const std::int32_t status = codebook == nullptr ? VQ_ERR_NULL : check(job);
+  if (status != VQ_OK) {
+    return status;
+  }
+  vq::LatticeCodebook &codes = *codebook->codes;
+  if (job->num_codes != codes.num_codes() || job->num_features != codes.num_features() ||
+      job->denominator != codes.denominator()) {
+    return VQ_ERR_SHAPE;
+  }
+  try {
+    Search(*job, codes).run();
   } catch (const std::bad_alloc &) {
     return VQ_ERR_MEMORY;
   }

@@ -4,6 +4,7 @@
 
 namespace vq {
 
-const LatticeOps lattice_ops_baseline = {distances, scan_finds, scan, mix, evaluate};
+const LatticeOps lattice_ops_baseline = {distances, scan_finds, scan,     mix,     evaluate,
+                                         range,     at_most,    to_words, screen};
 
 }  // namespace vq

@@ -153,5 +153,112 @@ void evaluate(const EvaluateJob &job, BlockHandler handler, void *context) {
   }
 }
 
+Range range(const float *values, std::int32_t padded) {
+  Lanes least = Lanes::load(values);
+  Lanes most = least;
+  for (std::int32_t j = kLanes; j < padded; j += kLanes) {
+    least = lesser(Lanes::load(values + j), least);
+    most = greater(Lanes::load(values + j), most);
+  }
+  alignas(64) float low[kLanes];
+  alignas(64) float high[kLanes];
+  least.store(low);
+  most.store(high);
+  Range found{low[0], high[0]};
+  for (std::int32_t lane = 1; lane < kLanes; ++lane) {
+    found.least = low[lane] < found.least ? low[lane] : found.least;
+    found.most = high[lane] > found.most ? high[lane] : found.most;
+  }
+  return found;
+}
+
+std::int32_t at_most(const float *values, std::int32_t padded, float limit, std::int32_t *out) {
+  std::int32_t count = 0;
+  for (std::int32_t j = 0; j < padded; j += kLanes) {
+    std::uint32_t lanes = Lanes::load(values + j).at_most(Lanes::all(limit));
+    for (; lanes != 0; lanes &= lanes - 1) {
+      out[count++] = j + __builtin_ctz(lanes);
+    }
+  }
+  return count;
+}
+
+void to_words(const float *values, std::int32_t padded, float origin, float scale,
+              std::uint16_t *out) {
+  const Lanes most = Lanes::all(65535.0f);
+  for (std::int32_t j = 0; j < padded; j += kLanes) {
+    const Lanes scaled = (Lanes::load(values + j) - Lanes::all(origin)) * Lanes::all(scale);
+    greater(lesser(scaled, most), Lanes::all(0.0f)).store_words(out + j);
+  }
+}
+
+// The greatest differences of kBlocks blocks of words.
+template <int kWeights, int kBlocks>
+void widen(const ScreenJob &job, const std::uint16_t *separations, std::int32_t first,
+           Words *most) {
+  Words separation[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    separation[b] = Words::load(separations + first + b * kWords);
+  }
+  for (int w = 0; w < kWeights; ++w) {
+    const std::uint16_t *caps = job.caps + static_cast<std::int64_t>(w) * job.stride + first;
+    Words rest = minus(separation[0], Words::load(caps));
+    for (int b = 1; b < kBlocks; ++b) {
+      rest = greater(rest, minus(separation[b], Words::load(caps + b * kWords)));
+    }
+    most[w] = greater(most[w], rest);
+  }
+}
+
+template <int kWeights>
+bool passes(const ScreenJob &job, const ScreenRow &row) {
+  constexpr int kBlocks = 8;
+  Words most[kWeights];
+  for (int w = 0; w < kWeights; ++w) {
+    most[w] = Words::all(0);
+  }
+  std::int32_t j = 0;
+  for (; j + kBlocks * kWords <= job.stride; j += kBlocks * kWords) {
+    widen<kWeights, kBlocks>(job, row.separations, j, most);
+  }
+  for (; j < job.stride; j += kWords) {
+    widen<kWeights, 1>(job, row.separations, j, most);
+  }
+  bool found = false;
+  for (int w = 0; w < kWeights; ++w) {
+    const std::int64_t at = static_cast<std::int64_t>(w) * job.stride + row.code;
+    found |= any_reaches(most[w], Words::all(job.floors[at]));
+  }
+  return found;
+}
+
+bool passes_any(const ScreenJob &job, const ScreenRow &row) {
+  switch (row.num_weights) {
+    case 1:
+      return passes<1>(job, row);
+    case 2:
+      return passes<2>(job, row);
+    case 3:
+      return passes<3>(job, row);
+    case 4:
+      return passes<4>(job, row);
+    case 5:
+      return passes<5>(job, row);
+    case 6:
+      return passes<6>(job, row);
+    case 7:
+      return passes<7>(job, row);
+    default:
+      return passes<8>(job, row);
+  }
+}
+
+void screen(const ScreenJob &job, const ScreenRow *rows, std::int32_t count,
+            std::uint8_t *passed) {
+  for (std::int32_t r = 0; r < count; ++r) {
+    passed[r] = static_cast<std::uint8_t>(passes_any(job, rows[r]));
+  }
+}
+
 }  // namespace
 }  // namespace vq

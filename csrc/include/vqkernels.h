@@ -211,6 +211,21 @@ typedef struct vq_lattice_job {
 /* Runs the job on the calling thread. VQ_ERR_NONFINITE: NaN or infinity in latents or codebook. */
 VQ_API int32_t vq_lattice_search(const vq_lattice_job *job);
 
+typedef struct vq_lattice_codebook vq_lattice_codebook;
+
+/* Prepares a codebook [num_codes][num_features] for many searches at one denominator; free it with
+ * vq_lattice_close. It copies the codes and may be shared by threads. Up to 4096 codes it holds a
+ * table of 6 * num_codes^2 bytes. VQ_ERR_NONFINITE: NaN or infinity. */
+VQ_API int32_t vq_lattice_open(const float *codebook, int32_t num_codes, int32_t num_features,
+                               int32_t denominator, vq_lattice_codebook **opened);
+
+/* NULL is allowed. */
+VQ_API void vq_lattice_close(vq_lattice_codebook *codebook);
+
+/* vq_lattice_search with the codes of `codebook`: the same bits. job->codebook is not read; sizes
+ * and denominator must be the codebook's, else VQ_ERR_SHAPE. */
+VQ_API int32_t vq_lattice_search_in(const vq_lattice_codebook *codebook, const vq_lattice_job *job);
+
 /* ---- Soft convex quantization (SCQ): exact solver ----
  *
  * For every latent z [num_features] over codes c_k [num_codes][num_features], weights p >= 0 with

@@ -40,7 +40,7 @@ from scq.errors import (
     UnsupportedOperation,
 )
 from scq.images import DEFAULT_MAX_PIXELS, Pixels, Placement, fit_frame, place, restore_frame
-from scq.lattice import LatticeAssignment, search_candidates
+from scq.lattice import LatticeAssignment, LatticeSearch
 from scq.model import ScqAutoencoder, load_model
 from scq.rate import choose
 
@@ -144,6 +144,7 @@ class FrameCodec:
         if model.entropy_tensors:
             self.tables = EntropyTables.from_tensors(model.entropy_tensors, self.config.lattice)
         self._coder = make_coder(self.config.lattice, self.tables, backend)
+        self._search = LatticeSearch(model.quantizer.codebook, self.config.lattice, prepared=True)
 
     @property
     def name(self) -> str:
@@ -199,19 +200,14 @@ class FrameCodec:
 
         reference: what a delta frame of these codes would change.
         """
+        flat = latents.reshape(-1, self.config.code_dim)
         if not options.rate_weight:
-            return self.model.quantize(latents)
+            return self._search.search(flat)
         if self.tables is None:
             raise UnsupportedOperation(
                 f"rate_weight needs entropy tables and model {self.name!r} has none; leave it out"
             )
-        candidates = search_candidates(
-            latents.reshape(-1, self.config.code_dim),
-            self.model.quantizer.codebook,
-            self.config.lattice,
-            RATE_CANDIDATES,
-            reference,
-        )
+        candidates = self._search.candidates(flat, RATE_CANDIDATES, reference)
         return choose(
             candidates,
             placement.grid,

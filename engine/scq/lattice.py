@@ -25,6 +25,7 @@ from vqkernels.lattice import (
     MAX_STATES,
     MAX_SUPPORT,
     LatticeEffort,
+    PreparedCodebook,
     lattice_search,
 )
 
@@ -128,12 +129,7 @@ def search(
         InvalidLatents, InvalidCodebook: wrong shape, NaN or infinity.
         UnsupportedOperation: no search exists for this code, or no exact one (supports above 2).
     """
-    if exact and code.max_support > 2:
-        raise UnsupportedOperation(
-            f"exact search covers supports of 1 and 2 codes, got max_support {code.max_support}; "
-            "leave out exact"
-        )
-    return _search_states(latents, codebook, code, LatticeEffort(exact=exact)).best
+    return LatticeSearch(codebook, code).search(latents, exact=exact)
 
 
 def search_candidates(
@@ -151,26 +147,85 @@ def search_candidates(
     Raises as `search`; InvalidLatents for a reference of another size, UnsupportedOperation for a
     count outside 1..256.
     """
-    if not 1 <= count <= MAX_STATES:
-        raise UnsupportedOperation(f"count is {count}, must lie in 1..{MAX_STATES}")
-    found = _search_states(latents, codebook, code, LatticeEffort(count=count))
-    if reference is None or not len(latents):
-        return found
-    shape = (len(latents), code.max_support)
-    if reference.indices.shape != shape:
-        raise InvalidLatents(f"the reference is {tuple(reference.indices.shape)}, not {shape}")
-    dtype = torch.promote_types(latents.dtype, torch.float32)
-    with torch.no_grad():
-        near = lattice_reference.near_states(
-            latents.detach().to(dtype),
-            codebook.detach().to(dtype),
-            reference.indices.to(latents.device),
-            reference.numerators.to(latents.device),
-            code.denominator,
-        )
-    pairs = ((found.errors, near.errors), (found.indices, near.indices))
-    errors, indices = (torch.cat(pair, dim=1) for pair in pairs)
-    return Candidates(errors, indices, torch.cat((found.numerators, near.numerators), dim=1))
+    return LatticeSearch(codebook, code).candidates(latents, count, reference)
+
+
+class LatticeSearch:
+    """`search` and `search_candidates` over one codebook (K, F).
+
+    prepared: make what searches need of the codes once; the codebook must not change afterwards.
+    Threads may share it. Raises InvalidCodebook or UnsupportedOperation as `search` does.
+    """
+
+    def __init__(self, codebook: Tensor, code: LatticeCode, *, prepared: bool = False) -> None:
+        _check_codebook(codebook, code)
+        self._codebook, self._code = codebook.detach(), code
+        self._prepared: PreparedCodebook | None = None
+        if prepared and _runs_native(codebook):
+            self._prepared = PreparedCodebook(self._codebook.numpy(), code.denominator)
+
+    def search(self, latents: Tensor, *, exact: bool = False) -> LatticeAssignment:
+        """As the function `search`."""
+        if exact and self._code.max_support > 2:
+            raise UnsupportedOperation(
+                "exact search covers supports of 1 and 2 codes, got max_support "
+                f"{self._code.max_support}; leave out exact"
+            )
+        return self._states(latents, LatticeEffort(exact=exact)).best
+
+    def candidates(
+        self, latents: Tensor, count: int, reference: LatticeAssignment | None = None
+    ) -> Candidates:
+        """As `search_candidates`."""
+        if not 1 <= count <= MAX_STATES:
+            raise UnsupportedOperation(f"count is {count}, must lie in 1..{MAX_STATES}")
+        found = self._states(latents, LatticeEffort(count=count))
+        if reference is None or not len(latents):
+            return found
+        near = self._near(latents, reference)
+        pairs = ((found.errors, near.errors), (found.indices, near.indices))
+        errors, indices = (torch.cat(pair, dim=1) for pair in pairs)
+        return Candidates(errors, indices, torch.cat((found.numerators, near.numerators), dim=1))
+
+    def _near(self, latents: Tensor, reference: LatticeAssignment) -> lattice_torch.States:
+        shape = (len(latents), self._code.max_support)
+        if reference.indices.shape != shape:
+            raise InvalidLatents(f"the reference is {tuple(reference.indices.shape)}, not {shape}")
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        with torch.no_grad():
+            return lattice_reference.near_states(
+                latents.detach().to(dtype),
+                self._codebook.to(dtype),
+                reference.indices.to(latents.device),
+                reference.numerators.to(latents.device),
+                self._code.denominator,
+            )
+
+    def _states(self, latents: Tensor, effort: LatticeEffort) -> Candidates:
+        _check_latents(latents, self._codebook)
+        code = self._code
+        with torch.no_grad():
+            if not _runs_native(latents):
+                found = lattice_torch.search_states(
+                    latents, self._codebook, code.max_support, code.denominator, effort
+                )
+                return Candidates(found.errors, found.indices, found.numerators)
+            points = latents.detach().numpy()
+            if self._prepared is None:
+                states = lattice_search(
+                    points, self._codebook.numpy(), code.max_support, code.denominator, effort
+                )
+            else:
+                states = self._prepared.search(points, code.max_support, effort)
+            return Candidates(
+                torch.from_numpy(states.errors),
+                torch.from_numpy(states.indices),
+                torch.from_numpy(states.numerators),
+            )
+
+
+def _runs_native(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and _has_native()
 
 
 def reconstruct(assignment: LatticeAssignment, codebook: Tensor) -> Tensor:
@@ -180,36 +235,12 @@ def reconstruct(assignment: LatticeAssignment, codebook: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * codebook[assignment.indices]).sum(dim=1)
 
 
-def _search_states(
-    latents: Tensor, codebook: Tensor, code: LatticeCode, effort: LatticeEffort
-) -> Candidates:
-    _check_inputs(latents, codebook, code)
-    with torch.no_grad():
-        if latents.dtype == torch.float32 and latents.device.type == "cpu" and _has_native():
-            states = lattice_search(
-                latents.detach().numpy(),
-                codebook.detach().numpy(),
-                code.max_support,
-                code.denominator,
-                effort,
-            )
-            return Candidates(
-                torch.from_numpy(states.errors),
-                torch.from_numpy(states.indices),
-                torch.from_numpy(states.numerators),
-            )
-        found = lattice_torch.search_states(
-            latents, codebook, code.max_support, code.denominator, effort
-        )
-    return Candidates(found.errors, found.indices, found.numerators)
-
-
 @functools.cache
 def _has_native() -> bool:
     return native_status().available
 
 
-def _check_inputs(latents: Tensor, codebook: Tensor, code: LatticeCode) -> None:
+def _check_codebook(codebook: Tensor, code: LatticeCode) -> None:
     if code.max_support > MAX_SUPPORT or code.denominator > MAX_DENOMINATOR:
         raise UnsupportedOperation(
             f"lattice search covers supports up to {MAX_SUPPORT} codes and denominators up to "
@@ -221,13 +252,16 @@ def _check_inputs(latents: Tensor, codebook: Tensor, code: LatticeCode) -> None:
         raise InvalidCodebook(
             f"codebook must be ({code.num_codes}, F), got {tuple(codebook.shape)}"
         )
+    if not bool(torch.isfinite(codebook).all()):
+        raise InvalidCodebook("codebook holds NaN or infinity")
+
+
+def _check_latents(latents: Tensor, codebook: Tensor) -> None:
     if latents.ndim != 2 or latents.shape[1] != codebook.shape[1]:
         raise InvalidLatents(
             f"latents must be (N, {codebook.shape[1]}), got {tuple(latents.shape)}"
         )
     if latents.dtype != codebook.dtype:
         raise InvalidLatents(f"latents are {latents.dtype}, the codebook is {codebook.dtype}")
-    if not bool(torch.isfinite(codebook).all()):
-        raise InvalidCodebook("codebook holds NaN or infinity")
     if not bool(torch.isfinite(latents).all()):
         raise InvalidLatents("latents hold NaN or infinity; check the image or the encoder")

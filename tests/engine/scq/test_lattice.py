@@ -210,11 +210,25 @@ def test_torch_and_native_searches_find_the_same_states(
     latents = torch.randn(30, 6, generator=generator) * 0.6
     effort = LatticeEffort(count=count, exact=True)
     code = LatticeCode(num_codes, max_support, denominator)
-    found = lattice._search_states(latents, codebook, code, effort)
+    found = lattice.LatticeSearch(codebook, code)._states(latents, effort)
     twin = lattice_torch.search_states(latents, codebook, max_support, denominator, effort)
     assert torch.equal(found.indices, twin.indices)
     assert torch.equal(found.numerators, twin.numerators)
     torch.testing.assert_close(found.errors, twin.errors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_prepared_codebook_gives_the_same_states(dtype: torch.dtype) -> None:
+    latents, codebook = random_problem(dtype)
+    code = LatticeCode(11, 2, 4)
+    prepared = lattice.LatticeSearch(codebook, code, prepared=True)
+    expected = search(latents, codebook, code)
+    assert torch.equal(prepared.search(latents).indices, expected.indices)
+    assert torch.equal(prepared.search(latents).numerators, expected.numerators)
+    several = search_candidates(latents, codebook, code, 3, expected)
+    found = prepared.candidates(latents, 3, expected)
+    assert torch.equal(found.errors, several.errors)
+    assert torch.equal(found.indices, several.indices)
 
 
 def test_without_native_kernels_the_search_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,13 @@ import pytest
 
 from vqkernels.errors import DtypeError, NonFiniteError, ShapeError
 from vqkernels.isa import Isa, forced_isa, supported_isas
-from vqkernels.lattice import Floats, LatticeEffort, LatticeStates, lattice_search
+from vqkernels.lattice import (
+    Floats,
+    LatticeEffort,
+    LatticeStates,
+    PreparedCodebook,
+    lattice_search,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -23,6 +29,8 @@ SHAPES = [
     (4, 5, 70, 4, 16, 2),
     (9, 16, 256, 2, 8, 1),
     (2, 33, 301, 2, 4, 256),
+    (40, 8, 300, 2, 7, 1),
+    (20, 1, 65, 2, 4, 1),
 ]
 
 
@@ -120,6 +128,49 @@ def test_many_codes_do_without_a_table() -> None:
     errors = np.square(points - latents[:, None]).sum(axis=2)
     np.testing.assert_allclose(found.errors, errors, rtol=1e-3, atol=1e-6)
     assert (found.errors <= few.errors * 1.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_prepared_codebook_gives_the_same_bits(shape: tuple[int, ...]) -> None:
+    latents, codebook = problem(shape)
+    expected = run(shape)
+    prepared = PreparedCodebook(codebook, shape[4])
+    for _ in range(2):
+        found = prepared.search(latents, shape[3], LatticeEffort(count=shape[5]))
+        assert found.errors.tobytes() == expected.errors.tobytes()
+        assert found.indices.tobytes() == expected.indices.tobytes()
+        assert found.numerators.tobytes() == expected.numerators.tobytes()
+
+
+def test_a_prepared_codebook_refuses_what_does_not_fit() -> None:
+    latents, codebook = problem((4, 3, 5))
+    prepared = PreparedCodebook(codebook, 4)
+    with pytest.raises(ShapeError, match=r"\(4, 2\)"):
+        prepared.search(latents[:, :2], 2)
+    with pytest.raises(ShapeError):
+        prepared.search(latents, 5)
+    with pytest.raises(NonFiniteError):
+        prepared.search(latents * np.float32(np.inf), 2)
+    with pytest.raises(NonFiniteError):
+        PreparedCodebook(codebook * np.float32(np.inf), 4)
+    with pytest.raises(ShapeError, match="denominator 17"):
+        PreparedCodebook(codebook, 17)
+    with pytest.raises(DtypeError, match="float64"):
+        PreparedCodebook(codebook.astype(np.float64), 4)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("stretch", [1e-20, 1e-10, 1.0, 1e10, 1e17])
+def test_rows_are_ruled_out_only_where_nothing_is_lost(
+    stretch: float, count: int, exact: bool
+) -> None:
+    """The limit of 256 states lets far more rows pass than that of one."""
+    latents, codebook = problem((60, 6, 200), seed=3)
+    latents, codebook = latents * np.float32(stretch), codebook * np.float32(stretch)
+    found = lattice_search(latents, codebook, 2, 8, LatticeEffort(count=count, exact=exact))
+    every = lattice_search(latents, codebook, 2, 8, LatticeEffort(count=256, exact=exact))
+    assert found.errors.tobytes() == every.errors[:, :count].tobytes()
 
 
 def test_values_at_the_edge_of_the_range_name_some_code() -> None:
