@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqkernels import matrix_reference
+from vqkernels.closing import Closing
 from vqkernels.matrix import Matrix, aligned_empty, matmul
 from vqkernels.matrix_abi import matrix_library
-from vqkernels.matrix_weights import GridWeights, TcqWeights, VqWeights, Weights
+from vqkernels.matrix_weights import GridWeights, VqWeights, Weights
 from vqkernels.pool import ThreadPool
 from vqkernels.status import native_status
+from vqkernels.synthetic import Maker, grid, tcq, vq
 
 GROUP_SIZE = 128
 MIN_ROUNDS = 5
@@ -33,10 +38,11 @@ COLD_BYTES = 80 << 20  # per contender; the last-level cache holds 32 MiB
 ORT_BITS = (2, 4, 8)
 ORT_TOLERANCE = 0.03
 ORT_HOT_NODES = 16
-TRELLIS_MULTIPLIER = 2609
+VPTQ_SHAPES: tuple[tuple[int, int], ...] = ((4096, 4096), (11008, 4096))  # of 7B models
+VPTQ_CODES = 65536
+VPTQ_SCRIPT = Path(__file__).with_name("vptq_script.py")
 
 Call = Callable[[int], Any]
-Maker = Callable[[np.random.Generator, int, int], Weights]
 
 
 @dataclass(frozen=True)
@@ -96,47 +102,6 @@ class Row:
         )
 
 
-def grid(bits: int) -> Maker:
-    """Uniform codes, groups of 128."""
-
-    def make(random: np.random.Generator, out: int, columns: int) -> Weights:
-        codes = random.integers(0, 1 << bits, (columns, out), dtype=np.uint8)
-        groups = -(-columns // GROUP_SIZE)
-        scales = random.uniform(0.005, 0.015, (groups, out)).astype(np.float16)
-        return GridWeights(codes, scales, bits=bits, group_size=GROUP_SIZE)
-
-    return make
-
-
-def tcq(bits: int) -> Maker:
-    """Random streams, one scale per row."""
-
-    def make(random: np.random.Generator, out: int, columns: int) -> Weights:
-        return TcqWeights(
-            codes=random.integers(0, 256, (columns, -(-out * bits // 8)), dtype=np.uint8),
-            scales=random.uniform(0.005, 0.015, (1, out)).astype(np.float16),
-            table=random.integers(-127, 128, 256).astype(np.int8),
-            multiplier=TRELLIS_MULTIPLIER,
-            bits=bits,
-        )
-
-    return make
-
-
-def vq(length: int, *sizes: int) -> Maker:
-    """Indices that use all entries alike: the worst case for large codebooks."""
-
-    def make(random: np.random.Generator, out: int, columns: int) -> Weights:
-        rows = -(-out // length)
-        return VqWeights(
-            tuple(random.integers(0, k, (rows, columns), dtype=np.uint16) for k in sizes),
-            tuple((random.standard_normal((k, length)) * 0.02).astype(np.float16) for k in sizes),
-            out,
-        )
-
-    return make
-
-
 FORMATS: dict[str, Maker] = {
     "vq grid 2": grid(2),
     "vq grid 3": grid(3),
@@ -164,27 +129,52 @@ def bench_shape(out: int, columns: int, where: str, config: BenchConfig) -> list
     x = np.random.default_rng(1).standard_normal(columns).astype(np.float32)
     with ThreadPool(config.num_threads) as pool:
         contenders = [
-            native_contender(name, make(np.random.default_rng(0), out, columns), x, where, pool)
+            native_contender(name, make(out, columns, 0), x, where, pool)
             for name, make in FORMATS.items()
         ]
         for bits in ORT_BITS:
-            weights = grid(bits)(np.random.default_rng(0), out, columns)
+            weights = grid(bits)(out, columns, 0)
             assert isinstance(weights, GridWeights)
             peer = ort_contender(weights, x, where, config.num_threads)
             contenders += [] if peer is None else [peer]
         times = measure(contenders, config)
-    return [
-        Row(
-            c.name,
-            c.nbytes * 8 / (out * columns),
-            (out, columns),
-            where,
-            config.num_threads,
-            statistics.median(times[c.name]) / c.products,
-            min(times[c.name]) / c.products,
-        )
-        for c in contenders
-    ]
+    return [row_of(c, times[c.name], (out, columns), where, config) for c in contenders]
+
+
+def row_of(
+    contender: Contender,
+    times: list[float],
+    shape: tuple[int, int],
+    where: str,
+    config: BenchConfig,
+) -> Row:
+    """The row of one contender out of the times of its turns."""
+    return Row(
+        contender.name,
+        contender.nbytes * 8 / (shape[0] * shape[1]),
+        shape,
+        where,
+        config.num_threads,
+        statistics.median(times) / contender.products,
+        min(times) / contender.products,
+    )
+
+
+def bench_vptq(
+    python: Path, config: BenchConfig, shapes: tuple[tuple[int, int], ...] = VPTQ_SHAPES
+) -> Iterator[Row]:
+    """Our product beside the `vptq` wheel's on the same vectors of 8 out of 65,536."""
+    for out, columns in shapes:
+        x = np.random.default_rng(1).standard_normal(columns).astype(np.float32)
+        weights = vq(8, VPTQ_CODES)(out, columns, 0)
+        with ThreadPool(config.num_threads) as pool, VptqWheel(python, weights, x, config) as peer:
+            contenders = [
+                native_contender("vq K65536 v8", weights, x, "hot", pool),
+                Contender(peer.version, peer.run, weights.indices[0].nbytes),
+            ]
+            times = measure(contenders, config)
+        for contender in contenders:
+            yield row_of(contender, times[contender.name], (out, columns), "hot", config)
 
 
 def native_contender(
@@ -239,6 +229,65 @@ def ort_contender(
     check_agreement(weights, x, binding.copy_outputs_to_cpu()[0][0])
     name = f"ort {weights.bits}-bit acc4"
     return Contender(name, lambda _: session.run_with_iobinding(binding), nbytes, products=nodes)
+
+
+class VptqWheel(Closing):
+    """A linear of the `vptq` wheel that runs in its own Python; use as a context manager.
+
+    Attributes:
+        version: of the wheel and of its torch.
+    """
+
+    def __init__(
+        self,
+        python: Path,
+        weights: VqWeights,
+        x: npt.NDArray[np.float32],
+        config: BenchConfig,
+    ) -> None:
+        """Raises RuntimeError: the program ends at once, or it computes something else."""
+        self._folder = tempfile.TemporaryDirectory(prefix="vptq-")
+        folder = Path(self._folder.name)
+        np.save(folder / "indices.npy", weights.indices[0])
+        np.save(folder / "centroids.npy", weights.codebooks[0])
+        np.save(folder / "x.npy", x)
+        command = [str(part) for part in (python, "-I", VPTQ_SCRIPT, folder, config.num_threads)]
+        self._log = (folder / "log").open("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        try:
+            self.version = self._answer()
+            check_agreement(weights, x, np.load(folder / "y.npy"))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, _: int) -> None:
+        """One product."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("1\n")
+        self._process.stdin.flush()
+        self._answer()
+
+    def close(self) -> None:
+        """End the program and remove its files."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+        self._folder.cleanup()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line: str = self._process.stdout.readline().strip()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise RuntimeError(f"the vptq wheel ended: {self._log.read()[-1000:]}")
+        return line
 
 
 def num_copies(nbytes: int, where: str) -> int:
@@ -298,7 +347,7 @@ def matmul_nbits_blocks(weights: GridWeights) -> npt.NDArray[np.uint8]:
 
 
 def check_agreement(
-    weights: GridWeights, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]
+    weights: Weights, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]
 ) -> None:
     """A peer that computes something else must not be compared with."""
     exact = matrix_reference.matmul_float([weights], x[None, :])[0]
@@ -324,7 +373,7 @@ def measure(contenders: Sequence[Contender], config: BenchConfig) -> dict[str, l
             count = calls.get(contender.name, 3)
             took = time_turn_us(contender, turn * count, count)
             if turn == 0:
-                calls[contender.name] = max(3, int(config.seconds * 1e6 / took))
+                calls[contender.name] = max(1, int(config.seconds * 1e6 / took))
             else:
                 times[contender.name].append(took)
     return times
@@ -337,12 +386,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=defaults.num_threads)
     parser.add_argument("--rounds", type=int, default=defaults.rounds)
     parser.add_argument("--seconds", type=float, default=defaults.seconds)
+    parser.add_argument(
+        "--vptq-python",
+        type=Path,
+        help="interpreter of an environment with the vptq wheel: compare with that instead",
+    )
     arguments = parser.parse_args(argv)
     status = native_status()
     print(status)
     if not status.available:
         return 1
-    for row in run(BenchConfig(arguments.threads, arguments.rounds, arguments.seconds)):
+    config = BenchConfig(arguments.threads, arguments.rounds, arguments.seconds)
+    python = arguments.vptq_python
+    for row in run(config) if python is None else bench_vptq(python, config):
         print(row, flush=True)
     return 0
 

@@ -35,90 +35,12 @@ from vqkernels.matrix_weights import (
     VqWeights,
     Weights,
 )
+from vqkernels.synthetic import Maker, beside, dense, grid, halves, tcq, vq
 
 pytestmark = pytest.mark.usefixtures("native")
 
 Floats = npt.NDArray[np.float32]
-Maker = Callable[[int, int, int], Weights]
-
 GROUPS = (0, 32, 64, 128, 256)
-
-
-def half(random: np.random.Generator, *shape: int) -> npt.NDArray[np.float16]:
-    return random.uniform(1e-3, 2e-2, shape).astype(np.float16)
-
-
-def groups_of(in_features: int, group_size: int) -> int:
-    return -(-in_features // group_size) if group_size else 1
-
-
-def grid(bits: int, group_size: int = 128, asymmetric: bool = False) -> Maker:
-    def make(out: int, columns: int, seed: int) -> Weights:
-        random = np.random.default_rng(seed)
-        groups = groups_of(columns, group_size)
-        codes = random.integers(0, 1 << bits, (columns, out)).astype(np.uint8)
-        zeros = random.integers(0, 1 << bits, (groups, out)).astype(np.uint8)
-        scales = half(random, groups, out)
-        return GridWeights(codes, scales, zeros if asymmetric else None, bits, group_size)
-
-    return make
-
-
-def dense(group_size: int = 0, dtype: type = np.float32) -> Maker:
-    def make(out: int, columns: int, seed: int) -> Weights:
-        weight = np.random.default_rng(seed).standard_normal((out, columns)) * 0.05
-        weight[0] = 0.0
-        return DenseWeights(weight.astype(dtype), group_size)
-
-    return make
-
-
-def tcq(bits: int, trellis_bits: int = 12, group_size: int = 0) -> Maker:
-    def make(out: int, columns: int, seed: int) -> Weights:
-        random = np.random.default_rng(seed)
-        return TcqWeights(
-            codes=random.integers(0, 256, (columns, -(-out * bits // 8))).astype(np.uint8),
-            scales=half(random, groups_of(columns, group_size), out),
-            table=random.integers(-128, 128, 256).astype(np.int8),
-            multiplier=int(random.integers(0, 1 << 15)) * 2 + 1,
-            bits=bits,
-            trellis_bits=trellis_bits,
-            group_size=group_size,
-        )
-
-    return make
-
-
-def vq(length: int, *sizes: int) -> Callable[[int, int, int], VqWeights]:
-    def make(out: int, columns: int, seed: int) -> VqWeights:
-        random = np.random.default_rng(seed)
-        rows = -(-out // length)
-        return VqWeights(
-            tuple(random.integers(0, k, (rows, columns)).astype(np.uint16) for k in sizes),
-            tuple((random.standard_normal((k, length)) * 0.05).astype(np.float16) for k in sizes),
-            out,
-        )
-
-    return make
-
-
-def beside(*makers: Callable[[int, int, int], VqWeights]) -> Maker:
-    """Parts over runs of columns, as wide as there are columns for."""
-
-    def make(out: int, columns: int, seed: int) -> Weights:
-        widths = [
-            columns * (i + 1) ** 2 // sum((j + 1) ** 2 for j in range(len(makers)))
-            for i in range(len(makers) - 1)
-        ]
-        widths = [width for width in widths if width]
-        widths.append(columns - sum(widths))
-        parts = tuple(
-            maker(out, width, seed + i)
-            for i, (maker, width) in enumerate(zip(makers, widths, strict=False))
-        )
-        return VqColumns(parts) if len(parts) > 1 else parts[0]
-
-    return make
 
 
 FORMATS: dict[str, Maker] = {
@@ -344,7 +266,7 @@ def test_words_and_bytes_pack_alike(width: int, asymmetric: bool) -> None:
     random = np.random.default_rng(0)
     words = random.integers(-(2**31), 2**31, (width * 3, 20)).astype(np.int32)
     zeros = random.integers(0, 1 << width, (1, 20)).astype(np.uint8) if asymmetric else None
-    scales = half(random, 1, 20)
+    scales = halves(random, 1, 20)
     codes = matrix_reference.unpack_words(words, width)
     x = normal(2, 96)
     a = matmul(Matrix(GridWeights(words, scales, zeros, width, group_size=0)), x)
