@@ -39,9 +39,10 @@ from scq.errors import (
     UnknownModel,
     UnsupportedOperation,
 )
-from scq.images import DEFAULT_MAX_PIXELS, Pixels, Placement, fit_frame, place, restore_frame
+from scq.images import DEFAULT_MAX_PIXELS, Pixels, Placement, fit_pixels, place, restore_frame
 from scq.lattice import LatticeAssignment, LatticeSearch
 from scq.model import ScqAutoencoder, load_model
+from scq.networks import make_networks
 from scq.rate import choose
 
 Stage = Literal["preprocess", "encoder", "quantize", "entropy"]
@@ -144,6 +145,7 @@ class FrameCodec:
         if model.entropy_tensors:
             self.tables = EntropyTables.from_tensors(model.entropy_tensors, self.config.lattice)
         self._coder = make_coder(self.config.lattice, self.tables, backend)
+        self._networks = make_networks(model)
         self._search = LatticeSearch(model.quantizer.codebook, self.config.lattice, prepared=True)
 
     @property
@@ -178,13 +180,12 @@ class FrameCodec:
         times.append(time.perf_counter())
         return EncodedFrame(packed.codes, _stats("key", packed, assignment, placement, times))
 
-    @torch.inference_mode()
     def analyse(self, image: Pixels) -> tuple[Tensor, Placement, list[float]]:
         """Latents (1, h, w, F), placement, and the times before, between and after the two."""
         times = [time.perf_counter()]
-        canvas, placement = fit_frame(image, self.config)
+        canvas, placement = fit_pixels(image, self.config)
         times.append(time.perf_counter())
-        latents = self.model.encode(canvas)
+        latents = self._networks.latents(canvas)
         times.append(time.perf_counter())
         return latents, placement, times
 
@@ -284,7 +285,7 @@ class FrameCodec:
     def render(self, picture: CodedPicture) -> Pixels:
         """A picture that was read, at its original size, uint8 (H, W, 3)."""
         latents = self.model.dequantize(picture.assignment, picture.placement.grid)
-        return restore_frame(self.model.decode(latents), picture.placement)
+        return restore_frame(self._networks.pixels(latents), picture.placement)
 
     @torch.inference_mode()
     def label(self, picture: CodedPicture) -> list[Label]:

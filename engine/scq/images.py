@@ -151,23 +151,37 @@ def _fit_within(width: int, height: int, config: ModelConfig) -> tuple[int, int]
     return inner_width, inner_height
 
 
-def fit_frame(image: Pixels, config: ModelConfig) -> tuple[Tensor, Placement]:
-    """Place a picture on the canvas: float32 (1, 3, H, W) in [0, 1], and how it was placed."""
+def fit_pixels(image: Pixels, config: ModelConfig) -> tuple[Pixels, Placement]:
+    """Place a picture on the canvas: uint8 (H, W, 3), and how it was placed.
+
+    The canvas may be the picture itself; it is writable, as torch wants arrays.
+    """
     check_image(image)
     placement = place(image.shape[1], image.shape[0], config)
     inner = _resize(image, placement.inner_width, placement.inner_height)
     below = placement.canvas_height - placement.inner_height
     right = placement.canvas_width - placement.inner_width
-    canvas = np.pad(inner, ((0, below), (0, right), (0, 0)), mode="edge")
+    if not below and not right:
+        return (inner if inner.flags.writeable else inner.copy()), placement
+    return np.pad(inner, ((0, below), (0, right), (0, 0)), mode="edge"), placement
+
+
+def fit_frame(image: Pixels, config: ModelConfig) -> tuple[Tensor, Placement]:
+    """`fit_pixels` as float32 (1, 3, H, W) in [0, 1]."""
+    canvas, placement = fit_pixels(image, config)
+    return to_planes(canvas), placement
+
+
+def to_planes(canvas: Pixels) -> Tensor:
+    """Pixels (H, W, 3) as float32 (1, 3, H, W) in [0, 1]."""
     planes = torch.from_numpy(canvas).permute(2, 0, 1).contiguous()
-    return planes[None].float().div_(255.0), placement
+    return planes[None].float().div_(255.0)
 
 
-def restore_frame(canvas: Tensor, placement: Placement) -> Pixels:
-    """Canvas (1, 3, H, W) in [0, 1] -> the picture at its original size, uint8."""
-    planes = canvas[0, :, : placement.inner_height, : placement.inner_width]
-    inner = planes.mul(255.0).round_().clamp_(0, 255).to(torch.uint8)
-    return _resize(inner.permute(1, 2, 0).numpy(), placement.width, placement.height)
+def restore_frame(canvas: Pixels, placement: Placement) -> Pixels:
+    """Canvas (H, W, 3) -> the picture at its original size."""
+    inner = canvas[: placement.inner_height, : placement.inner_width]
+    return _resize(inner, placement.width, placement.height)
 
 
 def _resize(image: Pixels, width: int, height: int) -> Pixels:

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scq.errors import ImageTooLarge, InvalidImage
-from scq.images import check_image, fit_frame, place, read_image, restore_frame, write_png
+from scq.images import (
+    check_image,
+    fit_frame,
+    fit_pixels,
+    place,
+    read_image,
+    restore_frame,
+    write_png,
+)
 from scq.model import ModelConfig
 
 Pixels = NDArray[np.uint8]
@@ -149,11 +157,11 @@ def test_png_writes_only_uint8_rgb(photograph: Pixels) -> None:
 @settings(max_examples=60, deadline=None)
 def test_pictures_within_the_limits_come_back_exactly(width: int, height: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    canvas, placement = fit_frame(image, FRAME)
+    canvas, placement = fit_pixels(image, FRAME)
     assert not placement.letterboxed
-    assert canvas.shape[2] % 16 == 0
-    assert canvas.shape[3] % 16 == 0
-    assert canvas.shape[2] < height + 16
+    assert canvas.shape[0] % 16 == 0
+    assert canvas.shape[1] % 16 == 0
+    assert canvas.shape[0] < height + 16
     np.testing.assert_array_equal(restore_frame(canvas, placement), image)
 
 
@@ -182,11 +190,18 @@ def test_larger_pictures_come_back_at_their_size_and_alike(shape: tuple[int, int
     rows, columns = np.mgrid[0 : shape[0], 0 : shape[1]]
     ramp = (255 * (rows / shape[0] + columns / shape[1]) / 2).astype(np.uint8)
     image = np.repeat(ramp[..., None], 3, 2)
-    canvas, placement = fit_frame(image, FRAME)
+    canvas, placement = fit_pixels(image, FRAME)
     assert placement.letterboxed
     restored = restore_frame(canvas, placement)
     assert restored.shape == image.shape
     assert np.abs(restored.astype(int) - image).mean() < 3
+
+
+def test_canvases_are_writable_as_torch_wants_them() -> None:
+    image = np.zeros((16, 32, 3), np.uint8)
+    assert fit_pixels(image, FRAME)[0] is image
+    image.flags.writeable = False
+    assert fit_pixels(image, FRAME)[0].flags.writeable
 
 
 def test_padding_repeats_the_edge() -> None:
@@ -198,8 +213,8 @@ def test_padding_repeats_the_edge() -> None:
 
 def test_crop_models_resize_any_picture_to_their_square() -> None:
     image = np.full((100, 37, 3), 90, np.uint8)
-    canvas, placement = fit_frame(image, CROP)
-    assert canvas.shape == (1, 3, 32, 32)
+    canvas, placement = fit_pixels(image, CROP)
+    assert canvas.shape == (32, 32, 3)
     assert placement.letterboxed
     assert placement.grid == (4, 4)
     np.testing.assert_array_equal(restore_frame(canvas, placement), image)
