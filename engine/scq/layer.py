@@ -43,7 +43,8 @@ class SCQLayer(nn.Module):
     |z - C^T p|^2 + lam |p - e_nearest|^2. `codebook` is a parameter (num_codes, codebook_dim).
     Gradients reach latents and codebook through the solution, without straight-through.
 
-    solver: a name in `solver.SOLVERS`; objective: "nearest" as above, or "ridge" for lam |p|^2.
+    solver: a name in `solver.SOLVERS`, "auto" for the fastest exact one that can take the tensors;
+    objective: "nearest" as above, or "ridge" for lam |p|^2.
     sparse: return assignments as `SparseAssignment`, without num_codes numbers per latent.
     `config` holds all solver settings and may be replaced between calls.
     """
@@ -54,7 +55,7 @@ class SCQLayer(nn.Module):
         num_codes: int,
         lam: float = 0.1,
         *,
-        solver: str = "exact",
+        solver: str = "auto",
         objective: Objective = "nearest",
         sparse: bool = False,
     ) -> None:

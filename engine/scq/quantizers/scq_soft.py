@@ -121,7 +121,7 @@ class ExactConvexQuantizer(SoftConvexQuantizer):
     """The paper's problem, solved exactly."""
 
     def __init__(self, config: QuantizerConfig) -> None:
-        super().__init__(config, "exact")
+        super().__init__(config, "auto")
 
 
 class RelaxedConvexQuantizer(SoftConvexQuantizer):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from scq.errors import InvalidCodebook
-from scq.solver import exact, native, oracle, relaxed
+from scq.solver import automatic, exact, native, oracle, relaxed
 from scq.solver.assignment import SparseAssignment
 from scq.solver.base import Objective, Solver, SolverConfig, SolveResult, kkt_residual
 
 SOLVERS: dict[str, Solver] = {
+    "auto": automatic.solve,
     "exact": exact.solve,
     "native": native.solve,
     "relaxed": relaxed.solve,
@@ -33,7 +34,7 @@ def solve(
     codebook: Tensor,
     config: SolverConfig | None = None,
     *,
-    solver: str = "exact",
+    solver: str = "auto",
     initial: Tensor | None = None,
 ) -> SolveResult:
     """Solve (N, F) latents over a (K, F) codebook, both float32 or both float64.

@@ -47,18 +47,21 @@ def solve(
     )
 
 
-def _check_place(latents: Tensor) -> None:
-    remedy = "use solver 'exact', which runs anywhere"
+def obstacle(latents: Tensor) -> str | None:
+    """Why the library cannot solve these latents (N, F); None where it can."""
     if latents.device.type != "cpu":
-        raise UnsupportedOperation(f"solver 'native' got {latents.device} tensors; {remedy}")
+        return f"got {latents.device} tensors"
     if latents.shape[1] > scq_solve.MAX_FEATURES:
-        raise UnsupportedOperation(
-            f"solver 'native' takes up to {scq_solve.MAX_FEATURES} features, "
-            f"the latents have {latents.shape[1]}; {remedy}"
-        )
+        return f"takes up to {scq_solve.MAX_FEATURES} features, the latents have {latents.shape[1]}"
     status = native_status()
-    if not status.available:
-        raise UnsupportedOperation(f"solver 'native' cannot run: {status.reason}; or {remedy}")
+    return None if status.available else f"cannot run: {status.reason}"
+
+
+def _check_place(latents: Tensor) -> None:
+    if reason := obstacle(latents):
+        raise UnsupportedOperation(
+            f"solver 'native' {reason}; use solver 'exact', which runs anywhere"
+        )
 
 
 @functools.lru_cache(maxsize=4)

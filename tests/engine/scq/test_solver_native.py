@@ -161,5 +161,17 @@ def test_tensors_elsewhere_and_too_many_features_are_refused() -> None:
 def test_a_missing_library_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = NativeStatus(available=False, isa="", reason="no compiler", executors=())
     monkeypatch.setattr(native, "native_status", lambda: missing)
-    with pytest.raises(UnsupportedOperation, match=r"no compiler; or use solver 'exact'"):
+    with pytest.raises(UnsupportedOperation, match=r"no compiler; use solver 'exact'"):
         native.solve(*random_problem(2, 3, 2), SolverConfig())
+    latents, codebook = random_problem(4, 9, 3)
+    chosen = solve(latents, codebook, solver="auto")
+    wanted = solve(latents, codebook, solver="exact")
+    assert torch.equal(chosen.quantized, wanted.quantized)
+
+
+def test_auto_takes_the_library_where_it_fits() -> None:
+    latents, codebook = random_problem(4, 9, 3)
+    result = solve(latents, codebook, solver="auto")
+    assert torch.equal(result.quantized, solve(latents, codebook, solver="native").quantized)
+    wide = torch.zeros(2, 1025, dtype=torch.float64)
+    assert solve(wide, wide + 1, solver="auto").support_size.tolist() == [1, 1]
