@@ -1,13 +1,13 @@
-// GEMV over vector-quantized weights whose vectors run along the outputs: index j of row g names
-// the V weights of outputs g V .. g V + V - 1 at input j.
+// Vector-quantized weights whose vectors run along the outputs: index j of row g names the V
+// weights of outputs g V .. g V + V - 1 at input j.
 //
 // Random look-ups of one table collide in the banks of shared memory. So a small codebook lies
 // there once per group of lanes that one access serves: copy c of entry e at byte e * 128 + c * size,
-// and
-// lane l reads copy l mod (128 / size). Blocks are persistent, so the copies are made once.
+// and lane l reads copy l mod (128 / size). Blocks are persistent, so the copies are made once.
 #pragma once
 
 #include "common.cuh"
+#include "tile.cuh"
 
 namespace vq {
 
@@ -51,20 +51,35 @@ VQ_INLINE void stage_copies(const CodebookMatrix &m, __half *shared) {
   __syncthreads();
 }
 
-// acc += entry * x for one look-up of VALUES halves at `address`.
-template <int VALUES>
-VQ_INLINE void add_entry(const void *address, __half2 x, __half2 *acc) {
-  constexpr int kWords = VALUES / 2;
-  unsigned words[kWords];
-  if constexpr (kWords == 4) {
+// The leading entries of a large codebook, [num_hot][V].
+template <int V>
+VQ_INLINE void stage_hot(const CodebookMatrix &m, __half *hot) {
+  for (int i = static_cast<int>(threadIdx.x); i < m.num_hot * V; i += kThreads) {
+    hot[i] = m.entries[i];
+  }
+  __syncthreads();
+}
+
+// One look-up of 2 * WORDS halves.
+template <int WORDS>
+VQ_INLINE void load_entry(const void *address, unsigned (&words)[WORDS]) {
+  static_assert(WORDS == 2 || WORDS == 4, "8 or 16 bytes");
+  if constexpr (WORDS == 4) {
     const uint4 four = *reinterpret_cast<const uint4 *>(address);
     words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
   } else {
     const uint2 two = *reinterpret_cast<const uint2 *>(address);
     words[0] = two.x, words[1] = two.y;
   }
+}
+
+// acc += entry * x for one look-up of VALUES halves at `address`.
+template <int VALUES>
+VQ_INLINE void add_entry(const void *address, __half2 x, __half2 *acc) {
+  unsigned words[VALUES / 2];
+  load_entry(address, words);
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) acc[i] = __hfma2(half2_of_bits(words[i]), x, acc[i]);
+  for (int i = 0; i < VALUES / 2; ++i) acc[i] = __hfma2(half2_of_bits(words[i]), x, acc[i]);
 }
 
 // Where entry `index` of a stage lies, for this lane.
@@ -91,11 +106,19 @@ struct LargeTable {
   }
 };
 
-// Index i of 16, one byte each, or of 8, two bytes each.
+// Indices in a word: four of one byte, or two of two bytes.
+template <bool LARGE>
+constexpr int kPerWord = LARGE ? 2 : 4;
+
+template <bool LARGE>
+VQ_INLINE unsigned index_in(unsigned word, int i) {
+  return LARGE ? (word >> (16 * i)) & 0xffffu : (word >> (8 * i)) & 0xffu;
+}
+
+// Index i of 16 (8 where LARGE).
 template <bool LARGE>
 VQ_INLINE unsigned index_of(const uint4 &packed, int i) {
-  if constexpr (LARGE) return (word_of(packed, i / 2) >> (16 * (i % 2))) & 0xffffu;
-  return (word_of(packed, i / 4) >> (8 * (i % 4))) & 0xffu;
+  return index_in<LARGE>(word_of(packed, i / kPerWord<LARGE>), i % kPerWord<LARGE>);
 }
 
 // The V outputs of row `row`, summed over this lane's inputs. Half precision over one load of
@@ -172,11 +195,104 @@ template <int V, int BATCH>
 VQ_INLINE void large_codebook_gemv(const CodebookMatrix &m, const __half *x, __half *y,
                                    unsigned char *shared) {
   __half *hot = reinterpret_cast<__half *>(shared);
-  for (int i = static_cast<int>(threadIdx.x); i < m.num_hot * V; i += kThreads) {
-    hot[i] = m.entries[i];
-  }
-  __syncthreads();
+  stage_hot<V>(m, hot);
   codebook_rows<V, 1, BATCH, true>(m, LargeTable<V>{hot, m.entries, m.num_hot}, x, y);
+}
+
+// Tiles of decoded weights (tile.cuh). Packed: per stage and row of vectors the indices of the
+// tile's inputs, 16 bytes apart from the next row's so that fewer of them share banks.
+template <int V, int STAGES, bool LARGE, typename Table>
+struct CodebookTiles {
+  static constexpr bool kByInput = true;
+  static constexpr int kIndexBytes = LARGE ? 2 : 1;
+  static constexpr int kRows = kTileOutputs / V;
+  static constexpr int kRowBytes = kTileInputs * kIndexBytes + 16;
+  static constexpr int kPackedBytes = STAGES * kRows * kRowBytes;
+
+  const CodebookMatrix &m;
+  int output;
+  Table table;
+
+  VQ_INLINE void fetch(int input, unsigned char *packed) const {
+    constexpr int kChunks = kTileInputs * kIndexBytes / 16;
+    const int rows = m.outputs / V;
+    for (int i = static_cast<int>(threadIdx.x); i < STAGES * kRows * kChunks; i += kThreads) {
+      const int chunk = i % kChunks, stage = i / kChunks / kRows;
+      const int row = output / V + i / kChunks % kRows;
+      const int column = input + chunk * 16 / kIndexBytes;
+      const bool inside = row < rows && column < m.stride;
+      const long long at = (static_cast<long long>(stage) * rows + row) * m.stride + column;
+      copy_async<16>(packed + i / kChunks * kRowBytes + chunk * 16,
+                     m.indices + (inside ? at * kIndexBytes : 0), inside);
+    }
+  }
+
+  // A thread decodes the inputs of one word; neighbours own neighbouring rows of vectors, whose
+  // weights are neighbours in the tile.
+  VQ_INLINE void decode(int, const unsigned char *packed, __half *tile) const {
+    constexpr int kWords = kTileInputs / kPerWord<LARGE>;
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kWords; i += kThreads) {
+      const int row = i % kRows, word = i / kRows;
+      unsigned indices[STAGES];
+#pragma unroll
+      for (int stage = 0; stage < STAGES; ++stage) {
+        indices[stage] = *reinterpret_cast<const unsigned *>(
+            packed + (stage * kRows + row) * kRowBytes + 4 * word);
+      }
+#pragma unroll
+      for (int j = 0; j < kPerWord<LARGE>; ++j) {
+        __half *at = tile + (word * kPerWord<LARGE> + j) * TileShape<kByInput>::kPitch + row * V;
+#pragma unroll
+        for (int piece = 0; piece < Piece<V>::kCount; ++piece) {
+          store_vector(indices, j, piece, at + piece * Piece<V>::kValues);
+        }
+      }
+    }
+  }
+
+  VQ_INLINE void store_vector(const unsigned (&indices)[STAGES], int j, int piece,
+                              __half *at) const {
+    unsigned sum[Piece<V>::kValues / 2];
+    load_entry(table.find(0, piece, index_in<LARGE>(indices[0], j)), sum);
+#pragma unroll
+    for (int stage = 1; stage < STAGES; ++stage) {
+      unsigned entry[Piece<V>::kValues / 2];
+      load_entry(table.find(stage, piece, index_in<LARGE>(indices[stage], j)), entry);
+#pragma unroll
+      for (int w = 0; w < Piece<V>::kValues / 2; ++w) {
+        sum[w] = bits_of_half2(__hadd2(half2_of_bits(sum[w]), half2_of_bits(entry[w])));
+      }
+    }
+    store_words(at, sum);
+  }
+};
+
+// Bytes of shared memory of the tables, rounded so that what follows is aligned.
+VQ_INLINE int align_table(int bytes) {
+  return (bytes + 127) / 128 * 128;
+}
+
+template <int V, int STAGES>
+using SmallTiles = CodebookTiles<V, STAGES, false, SmallTable<V>>;
+template <int V>
+using LargeTiles = CodebookTiles<V, 1, true, LargeTable<V>>;
+
+// Stages the tables of a codebook at the beginning of `shared` and moves it behind them.
+template <int V, int STAGES>
+VQ_INLINE SmallTiles<V, STAGES> small_tiles(const CodebookMatrix &m, int output,
+                                            unsigned char *&shared) {
+  const SmallTable<V> table{shared, m.num_entries};
+  stage_copies<V, STAGES>(m, reinterpret_cast<__half *>(shared));
+  shared += STAGES * Piece<V>::kCount * m.num_entries * kEntryBytes;
+  return SmallTiles<V, STAGES>{m, output, table};
+}
+
+template <int V>
+VQ_INLINE LargeTiles<V> large_tiles(const CodebookMatrix &m, int output, unsigned char *&shared) {
+  __half *hot = reinterpret_cast<__half *>(shared);
+  stage_hot<V>(m, hot);
+  shared += align_table(2 * m.num_hot * V);
+  return LargeTiles<V>{m, output, LargeTable<V>{hot, m.entries, m.num_hot}};
 }
 
 }  // namespace vq

@@ -16,10 +16,20 @@ constexpr int kThreads = 256;
 constexpr int kWarps = 8;
 constexpr int kLanes = 32;
 
-VQ_INLINE int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
-VQ_INLINE int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
+VQ_INLINE int lane_id() {
+  return static_cast<int>(threadIdx.x) % kLanes;
+}
+VQ_INLINE int warp_id() {
+  return static_cast<int>(threadIdx.x) / kLanes;
+}
 
-VQ_INLINE __half2 half2_of_bits(unsigned bits) { return *reinterpret_cast<__half2 *>(&bits); }
+VQ_INLINE __half2 half2_of_bits(unsigned bits) {
+  return *reinterpret_cast<__half2 *>(&bits);
+}
+
+VQ_INLINE unsigned bits_of_half2(__half2 pair) {
+  return *reinterpret_cast<unsigned *>(&pair);
+}
 
 VQ_INLINE float low_plus_high(__half2 pair) {
   const float2 both = __half22float2(pair);
@@ -47,16 +57,14 @@ struct Splits {
 template <typename Address>
 VQ_INLINE void add_splits(const Splits &splits, __half *y, long long size, int count,
                           const Address &address) {
-  __shared__ unsigned is_last;
   __threadfence();
   __syncthreads();
+  int is_last = 0;
   if (threadIdx.x == 0) {
-    const unsigned ticket = atomicAdd(&splits.counters[blockIdx.x], 1u);
-    is_last = ticket + 1 == gridDim.y;
+    is_last = atomicAdd(&splits.counters[blockIdx.x], 1u) + 1 == gridDim.y;
     if (is_last) splits.counters[blockIdx.x] = 0;
   }
-  __syncthreads();
-  if (!is_last) return;
+  if (!__syncthreads_or(is_last)) return;
   __threadfence();
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     const long long at = address(i);

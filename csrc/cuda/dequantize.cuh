@@ -1,84 +1,50 @@
-// Weights in half precision, [outputs][inputs], for matrix products that a library does better.
+// Weights in half precision for matrix products that a library does better, decoded by the same
+// tiles as in gemm.cuh: [outputs][inputs], or [inputs][outputs] where a tile's row is one input.
 #pragma once
 
-#include "codebook.cuh"
-#include "gptq.cuh"
-#include "trellis.cuh"
+#include "tile.cuh"
 
 namespace vq {
 
-VQ_INLINE long long global_thread() {
-  return static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
+template <typename Tiles>
+constexpr int dequantize_bytes() {
+  return 2 * Tiles::kPackedBytes + TileShape<Tiles::kByInput>::kBytes;
 }
 
-// One thread per tile of 32 inputs and output; neighbours own neighbouring outputs.
-template <int BITS>
-VQ_INLINE void gptq_dequantize(const GptqMatrix &m, __half *weights) {
-  const long long at = global_thread();
-  const int column = static_cast<int>(at % m.outputs);
-  const long long tile = at / m.outputs;
-  if (tile >= m.inputs / kTile) return;
-  unsigned words[BITS];
-#pragma unroll
-  for (int r = 0; r < BITS; ++r) words[r] = m.words[(tile * BITS + r) * m.outputs + column];
-  const long long group = tile * kTile / m.group_size * m.outputs + column;
-  const float scale = __half2float(m.scales[group]);
-  const float zero = m.zeros == nullptr ? static_cast<float>(1 << (BITS - 1))
-                                        : static_cast<float>(m.zeros[group]);
-  __half *row = weights + static_cast<long long>(column) * m.inputs + tile * kTile;
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const float2 codes = __half22float2(halves_of_codes(pair_codes<BITS>(words, p)));
-    row[pair_low<BITS>(p)] = __float2half((codes.x - zero) * scale);
-    row[pair_high<BITS>(p)] = __float2half((codes.y - zero) * scale);
+template <typename Tiles>
+VQ_INLINE void store_tile(const Tiles &tiles, int input, const __half *tile, __half *weights) {
+  using Shape = TileShape<Tiles::kByInput>;
+  const int first_row = Tiles::kByInput ? input : tiles.output;
+  const int first_column = Tiles::kByInput ? tiles.output : input;
+  const int rows = Tiles::kByInput ? tiles.m.inputs : tiles.m.outputs;
+  const int columns = Tiles::kByInput ? tiles.m.outputs : tiles.m.inputs;
+  for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows * Shape::kColumns; i += kThreads) {
+    const int row = i / Shape::kColumns, column = i % Shape::kColumns;
+    if (first_row + row >= rows || first_column + column >= columns) continue;
+    const long long at = static_cast<long long>(first_row + row) * columns;
+    weights[at + first_column + column] = tile[row * Shape::kPitch + column];
   }
 }
 
-// One thread per row of vectors and input; neighbours own neighbouring inputs.
-template <bool LARGE>
-VQ_INLINE void codebook_dequantize(const CodebookMatrix &m, int v, int stages, __half *weights) {
-  const long long at = global_thread();
-  const int input = static_cast<int>(at % m.inputs);
-  const long long row = at / m.inputs;
-  const int rows = m.outputs / v;
-  if (row >= rows) return;
-  for (int i = 0; i < v; ++i) {
-    float sum = 0.0f;
-    for (int stage = 0; stage < stages; ++stage) {
-      const long long place = (static_cast<long long>(stage) * rows + row) * m.stride + input;
-      const long long index =
-          LARGE ? reinterpret_cast<const unsigned short *>(m.indices)[place] : m.indices[place];
-      sum += __half2float(
-          m.entries[(static_cast<long long>(stage) * m.num_entries + index) * v + i]);
-    }
-    weights[(row * v + i) * m.inputs + input] = __float2half(sum);
+// Grid: blocks of outputs, slices of the inputs. `shared` is what the tables leave, aligned to 16
+// bytes: dequantize_bytes<Tiles>() of it.
+template <typename Tiles>
+VQ_INLINE void dequantize(Tiles tiles, __half *weights, unsigned char *shared) {
+  const auto packed = [=](int tile) { return shared + tile % 2 * Tiles::kPackedBytes; };
+  __half *decoded = reinterpret_cast<__half *>(shared + 2 * Tiles::kPackedBytes);
+  const Range range = slice_of(count_tiles(tiles.m.inputs, kTileInputs), blockIdx.y, gridDim.y);
+  if (range.begin < range.end) tiles.fetch(range.begin * kTileInputs, packed(range.begin));
+  commit_copies();
+  for (int tile = range.begin; tile < range.end; ++tile) {
+    if (tile + 1 < range.end) tiles.fetch((tile + 1) * kTileInputs, packed(tile + 1));
+    commit_copies();
+    wait_copies<1>();
+    __syncthreads();
+    tiles.decode(tile * kTileInputs, packed(tile), decoded);
+    __syncthreads();
+    store_tile(tiles, tile * kTileInputs, decoded, weights);
   }
-}
-
-// One thread per lane's outputs and input; neighbours own neighbouring inputs.
-template <int BITS>
-VQ_INLINE void trellis_dequantize(const TrellisMatrix &m, __half *weights) {
-  constexpr int kWords = TrellisShape<BITS>::kWords;
-  constexpr int kRows = TrellisShape<BITS>::kRows;
-  const long long at = global_thread();
-  const int input = static_cast<int>(at % m.inputs);
-  const int lane = static_cast<int>(at / m.inputs);
-  if (lane * kWords >= m.stride) return;
-  const unsigned *stream = m.streams + static_cast<long long>(input) * m.stride + lane * kWords;
-  unsigned words[kWords];
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) words[w] = stream[w];
-  const unsigned previous = lane > 0 ? stream[-1] : 0u;
-  const long long group = static_cast<long long>(input / m.group_size) * m.outputs;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const int output = lane * kRows + row;
-    if (output >= m.outputs) return;
-    const unsigned window = trellis_window<BITS>(words, previous, row, m.trellis_bits);
-    const float value = static_cast<float>(m.table[trellis_index(window, m.multiplier)]);
-    weights[static_cast<long long>(output) * m.inputs + input] =
-        __float2half(value * __half2float(m.scales[group + output]));
-  }
+  wait_copies<0>();
 }
 
 }  // namespace vq

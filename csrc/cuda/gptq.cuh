@@ -1,14 +1,15 @@
-// GEMV over GPTQ's own layout: word row r of column n packs inputs along k, so 32 lanes that own
+// GPTQ's own layout: word row r of column n packs inputs along k, so 32 lanes that own
 // four neighbouring columns each read 512 contiguous bytes. 32 inputs take BITS word rows whatever
 // the width, which makes them the unit of work.
 #pragma once
 
 #include "common.cuh"
+#include "tile.cuh"
 
 namespace vq {
 
-constexpr int kTile = 32;           // inputs per unit of work
-constexpr int kPairs = kTile / 2;   // half2 per unit
+constexpr int kTile = 32;             // inputs per unit of work
+constexpr int kPairs = kTile / 2;     // half2 per unit
 constexpr int kColumns = 4 * kLanes;  // outputs per block
 
 // The two inputs of a tile whose codes pair `p` holds. They are as far apart as one mask of a word
@@ -40,9 +41,22 @@ VQ_INLINE unsigned pair_codes(const unsigned (&words)[BITS], int p) {
   }
 }
 
-// 0x6400 is 1024 in half precision, whose last bits count ones: 1024 + code, exactly.
-VQ_INLINE __half2 halves_of_codes(unsigned codes) {
-  return __hsub2(half2_of_bits(codes | 0x64006400u), half2_of_bits(0x64006400u));
+// 0x6400 is 1024 in half precision, whose last bits count ones: 1024 + code, exactly. `zeros` are
+// subtracted, two halves like the codes.
+VQ_INLINE __half2 halves_of_codes(unsigned codes, unsigned zeros = 0u) {
+  return __hsub2(half2_of_bits(codes | 0x64006400u), half2_of_bits(zeros | 0x64006400u));
+}
+
+// Puts pairs `p` and p + 1 (p even) where their inputs lie among the 32 of a tile.
+template <int BITS>
+VQ_INLINE void store_in_order(const __half2 (&pairs)[2], int p, unsigned (&halves)[kPairs]) {
+  if constexpr (BITS == 3) {
+    halves[p] = bits_of_half2(pairs[0]);
+    halves[p + 1] = bits_of_half2(pairs[1]);
+  } else {
+    halves[pair_low<BITS>(p) / 2] = bits_of_half2(__lows2half2(pairs[0], pairs[1]));
+    halves[pair_high<BITS>(p) / 2] = bits_of_half2(__highs2half2(pairs[0], pairs[1]));
+  }
 }
 
 struct GptqMatrix {
@@ -175,5 +189,65 @@ VQ_INLINE void gptq_gemv(const GptqMatrix &m, const __half *x, __half *y, const 
   }
   gptq_reduce<BATCH>(acc, reinterpret_cast<float *>(shared), m.outputs, y, splits);
 }
+
+// Tiles of decoded weights (tile.cuh). Packed: 2 BITS rows of words, then the scales and the zeros
+// of the two units of 32 inputs.
+template <int BITS>
+struct GptqTiles {
+  static constexpr bool kByInput = false;
+  static constexpr int kUnits = kTileInputs / kTile;
+  static constexpr int kWordBytes = 4 * kUnits * BITS * kTileOutputs;
+  static constexpr int kScaleBytes = 2 * kUnits * kTileOutputs;
+  static constexpr int kPackedBytes = kWordBytes + kScaleBytes + kUnits * kTileOutputs;
+  static_assert(kUnits * kTileOutputs == kThreads, "a thread decodes one unit of one output");
+
+  const GptqMatrix &m;
+  int output;
+
+  VQ_INLINE void fetch(int input, unsigned char *packed) const {
+    constexpr int kQuads = kTileOutputs / 4;
+    const int rows = m.inputs / kTile * BITS;
+    for (int i = static_cast<int>(threadIdx.x); i < kUnits * BITS * kQuads; i += kThreads) {
+      const int row = input / kTile * BITS + i / kQuads, column = output + i % kQuads * 4;
+      const bool inside = row < rows && column < m.outputs;
+      const long long at = static_cast<long long>(row) * m.outputs + column;
+      copy_async<16>(packed + 16 * i, m.words + (inside ? at : 0), inside);
+    }
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= kUnits * kQuads) return;
+    const int unit = input + i / kQuads * kTile, column = output + i % kQuads * 4;
+    const bool inside = unit < m.inputs && column < m.outputs;
+    const long long at =
+        inside ? static_cast<long long>(unit / m.group_size) * m.outputs + column : 0;
+    copy_async<8>(packed + kWordBytes + 8 * i, m.scales + at, inside);
+    if (m.zeros == nullptr) return;
+    copy_async<4>(packed + kWordBytes + kScaleBytes + 4 * i, m.zeros + at, inside);
+  }
+
+  VQ_INLINE void decode(int, const unsigned char *packed, __half *tile) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int unit = thread / kTileOutputs, column = thread % kTileOutputs;
+    const unsigned *words = reinterpret_cast<const unsigned *>(packed);
+    unsigned own[BITS];
+#pragma unroll
+    for (int r = 0; r < BITS; ++r) own[r] = words[(unit * BITS + r) * kTileOutputs + column];
+    const __half scale = reinterpret_cast<const __half *>(packed + kWordBytes)[thread];
+    const unsigned zero =
+        m.zeros == nullptr ? 1u << (BITS - 1) : packed[kWordBytes + kScaleBytes + thread];
+    const __half2 scales = __halves2half2(scale, scale);
+    unsigned halves[kPairs];
+#pragma unroll
+    for (int p = 0; p < kPairs; p += 2) {
+      __half2 pairs[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        pairs[i] =
+            __hmul2(halves_of_codes(pair_codes<BITS>(own, p + i), zero * 0x00010001u), scales);
+      }
+      store_in_order<BITS>(pairs, p, halves);
+    }
+    store_words(tile + column * TileShape<kByInput>::kPitch + unit * kTile, halves);
+  }
+};
 
 }  // namespace vq

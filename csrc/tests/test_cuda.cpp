@@ -1,5 +1,5 @@
 // The CUDA kernels, run on the CPU thread by thread, against double-precision references: index
-// arithmetic, tails, splits over the inputs, synchronization. Says nothing of speed.
+// arithmetic, tails, fragments, splits over the inputs, synchronization. Says nothing of speed.
 #define VQ_CUDA_EMULATION 1
 #include "../cuda/vqkernels.cu"
 
@@ -54,13 +54,17 @@ void check(const std::string &what, const std::vector<__half> &x, int stride, in
   }
 }
 
-// Dequantized [outputs][inputs] weights against the same weight(output, input).
+using Weight = std::function<double(int, int)>;  // of (output, input)
+
+// Dequantized weights, [outputs][inputs] or [inputs][outputs], against weight(output, input).
 void check_weights(const std::string &what, const std::vector<__half> &weights, int inputs,
-                   int outputs, const std::function<double(int, int)> &weight) {
+                   int outputs, bool by_input, const Weight &weight) {
   for (int n = 0; n < outputs; ++n) {
     for (int k = 0; k < inputs; ++k) {
       const double expected = weight(n, k);
-      const double got = __half2float(weights[static_cast<std::size_t>(n) * inputs + k]);
+      const auto at = by_input ? static_cast<std::size_t>(k) * outputs + n
+                               : static_cast<std::size_t>(n) * inputs + k;
+      const double got = __half2float(weights[at]);
       if (std::abs(got - expected) <= 1e-3 * std::abs(expected) + 1e-6) continue;
       std::printf("FAILED %s: weight %d %d is %g, not %g\n", what.c_str(), n, k, got, expected);
       ++failures;
@@ -68,8 +72,6 @@ void check_weights(const std::string &what, const std::vector<__half> &weights, 
     }
   }
 }
-
-unsigned blocks_for(long long threads) { return static_cast<unsigned>((threads + 255) / 256); }
 
 struct Workspace {
   Workspace(unsigned splits, std::size_t size, unsigned blocks)
@@ -86,19 +88,98 @@ struct Workspace {
   }
 };
 
-using GptqKernel = void (*)(const unsigned *, const __half *, const unsigned char *, const __half *,
-                            __half *, float *, unsigned *, int, int, int);
+// One product by decoded tiles: how many rows, by which kernel, in how many slices of the inputs.
+struct Product {
+  int rows, tile;
+  unsigned splits;
+};
+
+unsigned blocks_of(int outputs) {
+  return static_cast<unsigned>((outputs + 127) / 128);
+}
+
+// The kernels of one format that work on decoded tiles, and how much shared memory they need beside
+// the tables.
+template <typename Gemm, typename Dequantize>
+struct Tiled {
+  Gemm by_16, by_32, by_64;
+  Dequantize dequantize;
+  std::size_t shared_16, shared_32, shared_64, shared_dequantize;
+  bool by_input;
+
+  Gemm gemm(int tile) const { return tile == 16 ? by_16 : tile == 32 ? by_32 : by_64; }
+  std::size_t shared(int tile) const {
+    return tile == 16 ? shared_16 : tile == 32 ? shared_32 : shared_64;
+  }
+};
+
+#define TILED(FORMAT, ...)                                                                      \
+  Tiled<decltype(&vq_##FORMAT##_gemm16), decltype(&vq_##FORMAT##_dequantize)> {                 \
+    vq_##FORMAT##_gemm16, vq_##FORMAT##_gemm32, vq_##FORMAT##_gemm64, vq_##FORMAT##_dequantize, \
+        vq::Gemm<16, __VA_ARGS__>::kSharedBytes, vq::Gemm<32, __VA_ARGS__>::kSharedBytes,       \
+        vq::Gemm<64, __VA_ARGS__>::kSharedBytes, vq::dequantize_bytes<__VA_ARGS__>(),           \
+        __VA_ARGS__::kByInput                                                                   \
+  }
+
+// Runs dequantization and every product of a matrix. `call` invokes a kernel with the arguments
+// that name the weights, followed by its own.
+template <typename TiledKernels, typename Call>
+void test_tiled(const std::string &what, const TiledKernels &kernels, int inputs, int outputs,
+                std::size_t table_bytes, const std::vector<Product> &products, const Weight &weight,
+                const Call &call) {
+  std::vector<__half> weights(static_cast<std::size_t>(outputs) * inputs);
+  for (const bool is_late : {false, true}) {
+    vq_emulation::copies_are_late = is_late;
+    std::fill(weights.begin(), weights.end(), __float2half(NAN));
+    vq_emulation::launch(dim3{blocks_of(outputs), is_late ? 2u : 1u}, 256,
+                         table_bytes + kernels.shared_dequantize,
+                         [&] { call(kernels.dequantize, weights.data()); });
+    check_weights(what + " dequantize", weights, inputs, outputs, kernels.by_input, weight);
+  }
+  const int stride = (inputs + 7) / 8 * 8;
+  for (const Product &product : products) {
+    auto x = normal_halves(static_cast<std::size_t>(product.rows) * stride, 1.0f);
+    for (int row = 0; row < product.rows; ++row) {
+      for (int k = inputs; k < stride; ++k) x[static_cast<std::size_t>(row) * stride + k] = {};
+    }
+    const unsigned row_blocks = static_cast<unsigned>((product.rows - 1) / product.tile + 1);
+    const unsigned blocks = blocks_of(outputs) * row_blocks;
+    std::vector<__half> first;
+    for (const bool is_late : {false, true}) {
+      vq_emulation::copies_are_late = is_late;
+      std::vector<__half> y(static_cast<std::size_t>(product.rows) * outputs, __float2half(NAN));
+      Workspace workspace(product.splits, y.size(), blocks);
+      vq_emulation::launch(
+          dim3{blocks, product.splits}, 256, table_bytes + kernels.shared(product.tile), [&] {
+            call(kernels.gemm(product.tile), x.data(), y.data(), workspace.partial.data(),
+                 workspace.counters.data(), product.rows, stride);
+          });
+      const std::string name = what + " gemm" + std::to_string(product.tile) + " rows " +
+                               std::to_string(product.rows) + " splits " +
+                               std::to_string(product.splits);
+      workspace.expect_clean(name);
+      check(name, x, stride, inputs, outputs, product.rows, y, weight);
+      if (is_late && std::memcmp(y.data(), first.data(), 2 * y.size()) != 0) {
+        std::printf("FAILED %s: two runs differ\n", name.c_str());
+        ++failures;
+      }
+      first = y;
+    }
+  }
+}
+
+using GptqKernel = void (*)(const unsigned *, const __half *, const unsigned char *, int, int, int,
+                            const __half *, __half *, float *, unsigned *);
 
 struct GptqCase {
   int bits, batch, inputs, outputs, group_size;
   unsigned splits;
   bool has_zeros;
+  std::vector<Product> products;
 };
 
-using GptqDequantize = void (*)(const unsigned *, const __half *, const unsigned char *, __half *,
-                                int, int, int);
-
-void test_gptq(GptqKernel kernel, GptqDequantize dequantize, const GptqCase &c) {
+template <typename TiledKernels>
+void test_gptq(GptqKernel kernel, const TiledKernels &tiled, const GptqCase &c) {
   const int groups = (c.inputs + c.group_size - 1) / c.group_size;
   const auto size = static_cast<std::size_t>(c.inputs) * c.outputs;
   const auto words = random_words(size * c.bits / 32);
@@ -109,11 +190,11 @@ void test_gptq(GptqKernel kernel, GptqDequantize dequantize, const GptqCase &c) 
   std::vector<__half> y(static_cast<std::size_t>(c.batch) * c.outputs);
   const unsigned blocks = static_cast<unsigned>((c.outputs + 127) / 128);
   Workspace workspace(c.splits, y.size(), blocks);
-  const std::size_t shared = std::max<std::size_t>(
-      static_cast<std::size_t>(c.inputs) * 4 * c.batch, 8u * 128u * 4u * c.batch);
+  const std::size_t shared = std::max<std::size_t>(static_cast<std::size_t>(c.inputs) * 4 * c.batch,
+                                                   8u * 128u * 4u * c.batch);
   vq_emulation::launch(dim3{blocks, c.splits}, 256, shared, [&] {
-    kernel(words.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, x.data(), y.data(),
-           workspace.partial.data(), workspace.counters.data(), c.inputs, c.outputs, c.group_size);
+    kernel(words.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.inputs, c.outputs,
+           c.group_size, x.data(), y.data(), workspace.partial.data(), workspace.counters.data());
   });
   const std::string what = "gptq bits " + std::to_string(c.bits) + " batch " +
                            std::to_string(c.batch) + " splits " + std::to_string(c.splits);
@@ -130,25 +211,24 @@ void test_gptq(GptqKernel kernel, GptqDequantize dequantize, const GptqCase &c) 
     return (static_cast<int>(code) - zero) * static_cast<double>(__half2float(scales[group]));
   };
   check(what, x, c.inputs, c.inputs, c.outputs, c.batch, y, weight);
-  std::vector<__half> weights(size);
-  vq_emulation::launch(dim3{blocks_for(c.inputs / 32 * static_cast<long long>(c.outputs))}, 256, 0,
-                       [&] {
-                         dequantize(words.data(), scales.data(),
-                                    c.has_zeros ? zeros.data() : nullptr, weights.data(),
-                                    c.inputs, c.outputs, c.group_size);
-                       });
-  check_weights(what, weights, c.inputs, c.outputs, weight);
+  test_tiled(what, tiled, c.inputs, c.outputs, 0, c.products, weight,
+             [&](const auto &run, auto... rest) {
+               run(words.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.inputs,
+                   c.outputs, c.group_size, rest...);
+             });
 }
 
-using CodebookKernel = void (*)(const unsigned char *, const __half *, const __half *, __half *,
-                                int, int, int, int);
+using CodebookKernel = void (*)(const unsigned char *, const __half *, int, int, int, int, int,
+                                const __half *, __half *);
 
 struct CodebookCase {
   int v, stages, batch, inputs, outputs, entries;
   unsigned blocks;
+  std::vector<Product> products;
 };
 
-void test_codebook(CodebookKernel kernel, const CodebookCase &c) {
+template <typename TiledKernels>
+void test_codebook(CodebookKernel kernel, const TiledKernels &tiled, const CodebookCase &c) {
   const int stride = (c.inputs + 15) / 16 * 16;
   const int rows = c.outputs / c.v;
   std::vector<unsigned char> indices(static_cast<std::size_t>(c.stages) * rows * stride);
@@ -161,8 +241,8 @@ void test_codebook(CodebookKernel kernel, const CodebookCase &c) {
   std::vector<__half> y(static_cast<std::size_t>(c.batch) * c.outputs);
   const std::size_t pieces = static_cast<std::size_t>(c.stages) * (c.v > 8 ? 2 : 1);
   vq_emulation::launch(dim3{c.blocks}, 256, pieces * c.entries * 128, [&] {
-    kernel(indices.data(), entries.data(), x.data(), y.data(), c.inputs, stride, c.outputs,
-           c.entries);
+    kernel(indices.data(), entries.data(), c.inputs, stride, c.outputs, c.entries, 0, x.data(),
+           y.data());
   });
   const std::string what = "codebook V " + std::to_string(c.v) + " stages " +
                            std::to_string(c.stages) + " batch " + std::to_string(c.batch);
@@ -176,20 +256,18 @@ void test_codebook(CodebookKernel kernel, const CodebookCase &c) {
     return sum;
   };
   check(what, x, stride, c.inputs, c.outputs, c.batch, y, weight);
-  std::vector<__half> weights(static_cast<std::size_t>(c.outputs) * c.inputs);
-  vq_emulation::launch(dim3{blocks_for(static_cast<long long>(rows) * c.inputs)}, 256, 0, [&] {
-    vq_codebook_dequantize(indices.data(), entries.data(), weights.data(), c.inputs, stride,
-                           c.outputs, c.entries, c.v, c.stages);
-  });
-  check_weights(what, weights, c.inputs, c.outputs, weight);
+  test_tiled(what, tiled, c.inputs, c.outputs, pieces * c.entries * 128, c.products, weight,
+             [&](const auto &run, auto... rest) {
+               run(indices.data(), entries.data(), c.inputs, stride, c.outputs, c.entries, 0,
+                   rest...);
+             });
 }
 
-using LargeKernel = void (*)(const unsigned char *, const __half *, const __half *, __half *, int,
-                             int, int, int, int);
-
-void test_large(LargeKernel kernel, int v, int batch, int num_hot) {
-  const int inputs = 70, stride = 80, outputs = 5 * v, num_entries = 700;
-  std::vector<std::uint16_t> indices(static_cast<std::size_t>(5) * stride);
+template <typename TiledKernels>
+void test_large(CodebookKernel kernel, const TiledKernels &tiled, int v, int batch, int num_hot,
+                const std::vector<Product> &products) {
+  const int inputs = 70, stride = 80, rows = 137 / v, outputs = rows * v, num_entries = 700;
+  std::vector<std::uint16_t> indices(static_cast<std::size_t>(rows) * stride);
   for (auto &index : indices) index = static_cast<std::uint16_t>(uniform(0, num_entries - 1));
   const auto entries = normal_halves(static_cast<std::size_t>(num_entries) * v, 0.1f);
   auto x = normal_halves(static_cast<std::size_t>(batch) * stride, 1.0f);
@@ -197,42 +275,36 @@ void test_large(LargeKernel kernel, int v, int batch, int num_hot) {
     for (int k = inputs; k < stride; ++k) x[static_cast<std::size_t>(b) * stride + k] = __half{};
   }
   std::vector<__half> y(static_cast<std::size_t>(batch) * outputs);
-  vq_emulation::launch(dim3{1}, 256, static_cast<std::size_t>(num_hot) * v * 2, [&] {
-    kernel(reinterpret_cast<const unsigned char *>(indices.data()), entries.data(), x.data(),
-           y.data(), inputs, stride, outputs, num_entries, num_hot);
-  });
+  const auto call = [&](const auto &run, auto... rest) {
+    run(reinterpret_cast<const unsigned char *>(indices.data()), entries.data(), inputs, stride,
+        outputs, num_entries, num_hot, rest...);
+  };
+  const auto hot_bytes = static_cast<std::size_t>(num_hot) * v * 2;
+  vq_emulation::launch(dim3{1}, 256, hot_bytes, [&] { call(kernel, x.data(), y.data()); });
   const auto weight = [&](int n, int k) {
     const auto entry = indices[static_cast<std::size_t>(n / v) * stride + k];
-    return static_cast<double>(
-        __half2float(entries[static_cast<std::size_t>(entry) * v + n % v]));
+    return static_cast<double>(__half2float(entries[static_cast<std::size_t>(entry) * v + n % v]));
   };
   const std::string what = "large V " + std::to_string(v);
   check(what, x, stride, inputs, outputs, batch, y, weight);
-  std::vector<__half> weights(static_cast<std::size_t>(outputs) * inputs);
-  vq_emulation::launch(dim3{blocks_for(5LL * inputs)}, 256, 0, [&] {
-    vq_large_dequantize(reinterpret_cast<const unsigned char *>(indices.data()), entries.data(),
-                        weights.data(), inputs, stride, outputs, num_entries, v, 1);
-  });
-  check_weights(what, weights, inputs, outputs, weight);
+  test_tiled(what, tiled, inputs, outputs, (hot_bytes + 127) / 128 * 128, products, weight, call);
 }
 
-using TrellisKernel = void (*)(const unsigned *, const signed char *, const __half *,
-                               const __half *, __half *, float *, unsigned *, int, int, int, int,
-                               unsigned, int);
+using TrellisKernel = void (*)(const unsigned *, const signed char *, const __half *, int, int, int,
+                               int, unsigned, int, const __half *, __half *, float *, unsigned *);
 
 struct TrellisCase {
   int bits, batch, inputs, outputs, group_size, trellis_bits;
   unsigned splits;
+  std::vector<Product> products;
 };
 
-using TrellisDequantize = void (*)(const unsigned *, const signed char *, const __half *, __half *,
-                                   int, int, int, int, unsigned, int);
-
-void test_trellis(TrellisKernel kernel, TrellisDequantize dequantize, const TrellisCase &c) {
+template <typename TiledKernels>
+void test_trellis(TrellisKernel kernel, const TiledKernels &tiled, const TrellisCase &c) {
   const int words_per_lane = c.bits == 3 ? 3 : 1;
   const int rows_per_lane = 32 * words_per_lane / c.bits;
   const int lanes = (c.outputs + rows_per_lane - 1) / rows_per_lane;
-  const int stride = lanes * words_per_lane;
+  const int stride = (lanes * words_per_lane + 3) / 4 * 4;
   const auto streams = random_words(static_cast<std::size_t>(c.inputs) * stride);
   std::vector<signed char> table(256);
   for (auto &entry : table) entry = static_cast<signed char>(uniform(-127, 127));
@@ -243,10 +315,12 @@ void test_trellis(TrellisKernel kernel, TrellisDequantize dequantize, const Trel
   const unsigned blocks = static_cast<unsigned>((lanes + 31) / 32);
   Workspace workspace(c.splits, y.size(), blocks);
   const unsigned multiplier = 40503u;
+  const auto call = [&](const auto &run, auto... rest) {
+    run(streams.data(), table.data(), scales.data(), c.inputs, c.outputs, stride, c.group_size,
+        multiplier << (32 - c.trellis_bits), c.trellis_bits, rest...);
+  };
   vq_emulation::launch(dim3{blocks, c.splits}, 256, 32768u + 64u * 4u * c.batch, [&] {
-    kernel(streams.data(), table.data(), scales.data(), x.data(), y.data(),
-           workspace.partial.data(), workspace.counters.data(), c.inputs, c.outputs, stride,
-           c.group_size, multiplier << (32 - c.trellis_bits), c.trellis_bits);
+    call(kernel, x.data(), y.data(), workspace.partial.data(), workspace.counters.data());
   });
   const std::string what = "trellis bits " + std::to_string(c.bits) + " batch " +
                            std::to_string(c.batch) + " splits " + std::to_string(c.splits);
@@ -264,37 +338,49 @@ void test_trellis(TrellisKernel kernel, TrellisDequantize dequantize, const Trel
     return table[hash >> (c.trellis_bits - 8)] * static_cast<double>(__half2float(scales[group]));
   };
   check(what, x, c.inputs, c.inputs, c.outputs, c.batch, y, weight);
-  std::vector<__half> weights(static_cast<std::size_t>(c.outputs) * c.inputs);
-  vq_emulation::launch(dim3{blocks_for(static_cast<long long>(lanes) * c.inputs)}, 256, 0, [&] {
-    dequantize(streams.data(), table.data(), scales.data(), weights.data(), c.inputs, c.outputs,
-               stride, c.group_size, multiplier << (32 - c.trellis_bits), c.trellis_bits);
-  });
-  check_weights(what, weights, c.inputs, c.outputs, weight);
+  test_tiled(what, tiled, c.inputs, c.outputs, 32768, c.products, weight, call);
 }
 
 }  // namespace
 
 int main() {
-  test_gptq(vq_gptq2_b1, vq_gptq2_dequantize, {2, 1, 160, 132, 64, 1, true});
-  test_gptq(vq_gptq3_b1, vq_gptq3_dequantize, {3, 1, 160, 132, 64, 1, true});
-  test_gptq(vq_gptq3_b2, vq_gptq3_dequantize, {3, 2, 96, 4, 32, 2, false});
-  test_gptq(vq_gptq4_b1, vq_gptq4_dequantize, {4, 1, 576, 68, 128, 3, true});
-  test_gptq(vq_gptq4_b4, vq_gptq4_dequantize, {4, 4, 64, 260, 64, 1, false});
+  const auto gptq2 = TILED(gptq2, vq::GptqTiles<2>);
+  const auto gptq3 = TILED(gptq3, vq::GptqTiles<3>);
+  const auto gptq4 = TILED(gptq4, vq::GptqTiles<4>);
+  const auto gptq8 = TILED(gptq8, vq::GptqTiles<8>);
+  test_gptq(vq_gptq2_b1, gptq2, {2, 1, 160, 132, 64, 1, true, {{9, 16, 1}, {33, 32, 2}}});
+  test_gptq(vq_gptq3_b1, gptq3, {3, 1, 160, 132, 64, 1, true, {{17, 16, 2}, {65, 64, 1}}});
+  test_gptq(vq_gptq3_b2, gptq3, {3, 2, 96, 4, 32, 2, false, {{130, 64, 1}}});
+  test_gptq(vq_gptq4_b1, gptq4, {4, 1, 576, 68, 128, 3, true, {{9, 16, 4}, {100, 64, 3}}});
+  test_gptq(vq_gptq4_b4, gptq4, {4, 4, 64, 260, 64, 1, false, {{40, 32, 1}, {16, 16, 1}}});
   // More slices than tiles.
-  test_gptq(vq_gptq4_b2, vq_gptq4_dequantize, {4, 2, 32, 8, 32, 2, true});
-  test_gptq(vq_gptq8_b1, vq_gptq8_dequantize, {8, 1, 96, 36, 96, 1, true});
+  test_gptq(vq_gptq4_b2, gptq4, {4, 2, 32, 8, 32, 2, true, {{9, 16, 2}}});
+  test_gptq(vq_gptq8_b1, gptq8, {8, 1, 96, 36, 96, 1, true, {{9, 16, 1}, {64, 64, 2}}});
 
-  test_codebook(vq_codebook4x1_b1, {4, 1, 1, 100, 76, 256, 2});
-  test_codebook(vq_codebook8x1_b2, {8, 1, 2, 33, 24, 64, 1});
-  test_codebook(vq_codebook8x2_b1, {8, 2, 1, 600, 88, 256, 1});
-  test_large(vq_large8_b1, 8, 1, 100);
-  test_large(vq_large4_b2, 4, 2, 0);
+  const auto codebook4x1 = TILED(codebook4x1, vq::SmallTiles<4, 1>);
+  const auto codebook8x1 = TILED(codebook8x1, vq::SmallTiles<8, 1>);
+  const auto codebook8x2 = TILED(codebook8x2, vq::SmallTiles<8, 2>);
+  test_codebook(vq_codebook4x1_b1, codebook4x1,
+                {4, 1, 1, 100, 76, 256, 2, {{9, 16, 1}, {33, 32, 2}, {65, 64, 1}}});
+  test_codebook(vq_codebook8x1_b2, codebook8x1,
+                {8, 1, 2, 33, 24, 64, 1, {{23, 16, 1}, {32, 32, 1}, {130, 64, 1}}});
+  test_codebook(vq_codebook8x2_b1, codebook8x2,
+                {8, 2, 1, 600, 136, 256, 1, {{9, 16, 3}, {17, 32, 4}, {70, 64, 2}}});
+  const auto large4 = TILED(large4, vq::LargeTiles<4>);
+  const auto large8 = TILED(large8, vq::LargeTiles<8>);
+  test_large(vq_large8_b1, large8, 8, 1, 100, {{9, 16, 1}, {33, 32, 2}, {65, 64, 1}});
+  test_large(vq_large4_b2, large4, 4, 2, 0, {{20, 32, 1}, {64, 64, 1}});
+  test_large(vq_large4_b1, large4, 4, 1, 101, {{16, 16, 2}});
 
-  test_trellis(vq_trellis1_b1, vq_trellis1_dequantize, {1, 1, 70, 70, 70, 12, 1});
-  test_trellis(vq_trellis2_b1, vq_trellis2_dequantize, {2, 1, 100, 530, 64, 12, 3});
-  test_trellis(vq_trellis2_b2, vq_trellis2_dequantize, {2, 2, 40, 33, 32, 16, 1});
-  test_trellis(vq_trellis3_b1, vq_trellis3_dequantize, {3, 1, 65, 97, 32, 10, 2});
-  test_trellis(vq_trellis4_b1, vq_trellis4_dequantize, {4, 1, 130, 300, 128, 14, 1});
+  const auto trellis1 = TILED(trellis1, vq::TrellisTiles<1>);
+  const auto trellis2 = TILED(trellis2, vq::TrellisTiles<2>);
+  const auto trellis3 = TILED(trellis3, vq::TrellisTiles<3>);
+  const auto trellis4 = TILED(trellis4, vq::TrellisTiles<4>);
+  test_trellis(vq_trellis1_b1, trellis1, {1, 1, 70, 170, 70, 12, 1, {{9, 16, 1}, {33, 32, 2}}});
+  test_trellis(vq_trellis2_b1, trellis2, {2, 1, 100, 530, 64, 12, 3, {{9, 16, 2}}});
+  test_trellis(vq_trellis2_b2, trellis2, {2, 2, 40, 33, 32, 16, 1, {{65, 64, 1}, {40, 32, 1}}});
+  test_trellis(vq_trellis3_b1, trellis3, {3, 1, 165, 97, 32, 10, 2, {{9, 16, 3}, {77, 64, 1}}});
+  test_trellis(vq_trellis4_b1, trellis4, {4, 1, 130, 300, 48, 14, 1, {{31, 32, 1}, {9, 16, 1}}});
   std::printf(failures == 0 ? "all kernels agree\n" : "%d failures\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -6,7 +6,9 @@ Nothing here is needed to import vqkernels, and nothing links against CUDA at bu
 from vqkernels.cuda.codebook import CodebookArrays, CodebookWeights
 from vqkernels.cuda.driver import CudaModule, CudaUnavailableError
 from vqkernels.cuda.gptq import GptqArrays, GptqWeights
+from vqkernels.cuda.gpu import Gpu
 from vqkernels.cuda.image import kernel_image, kernel_sources
+from vqkernels.cuda.opening import open_gpu
 from vqkernels.cuda.trellis import TrellisArrays, TrellisWeights
 from vqkernels.cuda.weights import CudaWeights
 
@@ -18,8 +20,10 @@ __all__ = [
     "CudaWeights",
     "GptqArrays",
     "GptqWeights",
+    "Gpu",
     "TrellisArrays",
     "TrellisWeights",
     "kernel_image",
     "kernel_sources",
+    "open_gpu",
 ]

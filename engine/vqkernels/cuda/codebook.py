@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqkernels.cuda.driver import CudaModule
-from vqkernels.cuda.weights import (
-    CudaWeights,
-    current_stream,
-    integers,
-    pointers,
-    to_device,
-)
+from vqkernels.cuda.driver import Argument
+from vqkernels.cuda.gpu import Gpu, integers, pointers
+from vqkernels.cuda.weights import TILE_INPUTS, TILE_OUTPUTS, Choice, CudaWeights, TileFormat
 from vqkernels.errors import LayoutError
 
-_HOT_BYTES = 64 * 1024
+_MAX_SMALL = 256  # entries that a byte names
+_ENTRY_BYTES = 128  # all copies of one entry of a small codebook
+_HOT_BYTES = 64 * 1024  # of a large one, in shared memory
+_BLOCKS_PER_PROCESSOR = 2
 
 
 @dataclass(frozen=True)
@@ -44,32 +43,40 @@ class CodebookArrays:
 class CodebookWeights(CudaWeights):
     """VPTQ-like weights: one or two stages of at most 256 entries, or one stage of up to 65,536."""
 
-    def __init__(self, module: CudaModule, arrays: CodebookArrays, device: torch.device) -> None:
+    def __init__(self, gpu: Gpu, arrays: CodebookArrays) -> None:
         """Raises LayoutError for combinations that have no kernel."""
-        self.stages, rows, in_features = arrays.indices.shape
+        self.stages, self._rows, in_features = arrays.indices.shape
         self.num_entries, self.v = arrays.entries.shape[1:]
-        super().__init__(module, in_features, rows * self.v)
-        self.is_large = self.num_entries > 256
-        self.batches = (1, 2) if self.is_large else (1, 2, 4)
-        known = {(4, 1), (8, 1)} if self.is_large else {(4, 1), (8, 1), (8, 2)}
+        super().__init__(gpu, in_features, self._rows * self.v)
+        is_large = self.num_entries > _MAX_SMALL
+        known = {(4, 1), (8, 1)} if is_large else {(4, 1), (8, 1), (8, 2)}
         if (self.v, self.stages) not in known:
             raise LayoutError(
                 f"no CUDA kernel for vectors of {self.v} with {self.stages} stages of "
                 f"{self.num_entries} entries"
             )
+        self.batches = (1, 2) if is_large else (1, 2, 4)
+        self.kernel = f"vq_large{self.v}" if is_large else f"vq_codebook{self.v}x{self.stages}"
+        self._num_hot = min(self.num_entries, _HOT_BYTES // (2 * self.v)) if is_large else 0
+        self.tiles = self._tile_format(is_large)
         self.stride = -(-in_features // 16) * 16
         packed, entries = pack_indices(arrays.indices, arrays.entries, self.stride)
-        self._indices = torch.from_numpy(packed).to(device)
-        self._entries = torch.from_numpy(entries).to(device)
-        self._scale = to_device(arrays.input_scale, device)
-        self._bias = to_device(arrays.input_bias, device)
-        self._permutation = to_device(arrays.permutation, device)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._blocks = max(1, min(2 * processors, -(-rows // 8)))
-        self._num_hot = min(self.num_entries, _HOT_BYTES // (2 * self.v))
+        self._indices, self._entries = gpu.upload(packed), gpu.upload(entries)
+        self._scale, self._bias, self._permutation = (
+            None if values is None else gpu.upload(values)
+            for values in (arrays.input_scale, arrays.input_bias, arrays.permutation)
+        )
 
-    def linear(self, x: Tensor) -> Tensor:
-        y = super().linear(x)
+    def _tile_format(self, is_large: bool) -> TileFormat:
+        row_bytes = TILE_INPUTS * (2 if is_large else 1) + 16
+        packed = self.stages * (TILE_OUTPUTS // self.v) * row_bytes
+        if is_large:
+            hot = -(-2 * self._num_hot * self.v // 128) * 128
+            return TileFormat(True, hot, packed)
+        return TileFormat(True, self.stages * self.num_entries * _ENTRY_BYTES, packed)
+
+    def product(self, x: Tensor, choice: Choice) -> Tensor:
+        y = super().product(x, choice)
         if self._bias is not None:
             y = y + (x.float() @ self._bias.float())[:, None].to(y.dtype)
         return y
@@ -79,41 +86,21 @@ class CodebookWeights(CudaWeights):
             x = x * self._scale
         if self._permutation is not None:
             x = x[:, self._permutation]
-        return torch.nn.functional.pad(x, (0, self.stride - x.shape[1])).contiguous()
+        missing = self.stride - x.shape[1]
+        return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+    def arguments(self) -> Sequence[Argument]:
+        sizes = (self.in_features, self.stride, self.out_features, self.num_entries, self._num_hot)
+        return [*pointers(self._indices, self._entries), *integers(*sizes)]
 
     def gemv(self, x: Tensor, y: Tensor) -> None:
-        sizes = [self.in_features, self.stride, self.out_features, self.num_entries]
-        if self.is_large:
-            name, shared = f"vq_large{self.v}", self._num_hot * self.v * 2
-            sizes.append(self._num_hot)
-        else:
-            name = f"vq_codebook{self.v}x{self.stages}"
-            shared = self.stages * self.num_entries * 128
-        self.module.launch(
-            f"{name}_b{x.shape[0]}",
-            (self._blocks, 1),
-            shared,
-            current_stream(x),
-            [
-                *pointers(self._indices, self._entries, x, y),
-                *integers(*sizes),
-            ],
+        blocks = min(_BLOCKS_PER_PROCESSOR * self.gpu.module.processors, -(-self._rows // 8))
+        self.gpu.launch(
+            f"{self.kernel}_b{len(x)}",
+            (max(1, blocks), 1),
+            self.tiles.table_bytes,
+            [*self.arguments(), *pointers(x, y)],
         )
-
-    def dequantize(self) -> Tensor:
-        weights = self._entries.new_empty(self.out_features, self.in_features)
-        sizes = (self.in_features, self.stride, self.out_features, self.num_entries)
-        self.module.launch(
-            f"vq_{'large' if self.is_large else 'codebook'}_dequantize",
-            (-(-self.out_features // self.v * self.in_features // 256) + 1, 1),
-            0,
-            current_stream(weights),
-            [
-                *pointers(self._indices, self._entries, weights),
-                *integers(*sizes, self.v, self.stages),
-            ],
-        )
-        return weights
 
 
 def pack_indices(
@@ -126,7 +113,7 @@ def pack_indices(
     """
     padded = np.zeros((*indices.shape[:2], stride), dtype=np.int64)
     padded[..., : indices.shape[2]] = indices
-    if entries.shape[1] <= 256:
+    if entries.shape[1] <= _MAX_SMALL:
         return padded.astype(np.uint8), np.ascontiguousarray(entries)
     order = np.argsort(-np.bincount(indices.ravel(), minlength=entries.shape[1]), kind="stable")
     rank = np.empty_like(order)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqkernels.cuda.driver import CudaModule
-from vqkernels.cuda.weights import (
-    CudaWeights,
-    Splits,
-    current_stream,
-    integers,
-    pointers,
-)
+from vqkernels.cuda.driver import Argument
+from vqkernels.cuda.gpu import Gpu, integers, pointers
+from vqkernels.cuda.weights import TILE_INPUTS, TILE_OUTPUTS, CudaWeights, TileFormat
 from vqkernels.errors import LayoutError
 
-_TILE = 32
+_UNIT = 32
 _COLUMNS_PER_BLOCK = 128
+_BLOCKS_PER_PROCESSOR = 4
 
 
 @dataclass(frozen=True)
@@ -39,54 +35,39 @@ class GptqWeights(CudaWeights):
 
     batches = (1, 2, 4)
 
-    def __init__(self, module: CudaModule, arrays: GptqArrays, device: torch.device) -> None:
+    def __init__(self, gpu: Gpu, arrays: GptqArrays) -> None:
         """Raises LayoutError for sizes that the kernel cannot take."""
-        in_features = arrays.words.shape[0] * 32 // arrays.bits
-        super().__init__(module, in_features, arrays.words.shape[1])
         if arrays.bits not in (2, 3, 4, 8):
             raise LayoutError(f"the CUDA kernel has 2, 3, 4 and 8 bits, not {arrays.bits}")
+        in_features = arrays.words.shape[0] * 32 // arrays.bits
+        super().__init__(gpu, in_features, arrays.words.shape[1])
         group_size = min(arrays.group_size, in_features)
-        if in_features % _TILE or group_size % _TILE or self.out_features % 4:
+        if in_features % _UNIT or group_size % _UNIT or self.out_features % 4:
             raise LayoutError(
                 f"inputs {in_features} and group size {group_size} must be multiples of 32, "
                 f"outputs {self.out_features} of 4"
             )
         self.bits, self.group_size = arrays.bits, group_size
-        self._words = torch.from_numpy(arrays.words).to(device)
-        self._scales = torch.from_numpy(arrays.scales).to(device)
-        zeros = arrays.zeros
-        self._zeros = None if zeros is None else torch.from_numpy(zeros).to(device)
-        blocks = -(-self.out_features // _COLUMNS_PER_BLOCK)
-        slices = Splits.count(device, blocks, max(1, in_features // _TILE // 8))
-        self._splits = Splits(device, slices, blocks, self.batches[-1] * self.out_features)
+        self.kernel = f"vq_gptq{arrays.bits}"
+        # Words, then the scales and the zeros of two units of inputs.
+        bits_per_output = TILE_INPUTS * arrays.bits + TILE_INPUTS // _UNIT * (16 + 8)
+        self.tiles = TileFormat(False, 0, TILE_OUTPUTS * bits_per_output // 8)
+        self._words = gpu.upload(arrays.words)
+        self._scales = gpu.upload(arrays.scales)
+        self._zeros = None if arrays.zeros is None else gpu.upload(arrays.zeros)
+
+    def arguments(self) -> Sequence[Argument]:
+        sizes = integers(self.in_features, self.out_features, self.group_size)
+        return [*pointers(self._words, self._scales, self._zeros), *sizes]
 
     def gemv(self, x: Tensor, y: Tensor) -> None:
-        batch = x.shape[0]
-        tiles = -(-self.in_features // _TILE // self._splits.num_slices)
-        shared = max(tiles * (64 + 4) * batch, 8 * _COLUMNS_PER_BLOCK * 4 * batch)
-        self.module.launch(
-            f"vq_gptq{self.bits}_b{batch}",
-            (len(self._splits.counters), self._splits.num_slices),
-            shared,
-            current_stream(x),
-            [
-                *pointers(self._words, self._scales, self._zeros, x, y),
-                *pointers(self._splits.partial, self._splits.counters),
-                *integers(self.in_features, self.out_features, self.group_size),
-            ],
+        batch, units = len(x), self.in_features // _UNIT
+        blocks = -(-self.out_features // _COLUMNS_PER_BLOCK)
+        slices = self.gpu.slices(blocks, y.numel(), max(1, units // 8), _BLOCKS_PER_PROCESSOR)
+        staged = -(-units // slices) * (_UNIT * 2 + 4) * batch
+        self.gpu.launch(
+            f"{self.kernel}_b{batch}",
+            (blocks, slices),
+            max(staged, 8 * _COLUMNS_PER_BLOCK * 4 * batch),
+            [*self.arguments(), *pointers(x, y), *self.gpu.scratch()],
         )
-
-    def dequantize(self) -> Tensor:
-        weights = self._scales.new_empty(self.out_features, self.in_features)
-        threads = self.in_features // _TILE * self.out_features
-        self.module.launch(
-            f"vq_gptq{self.bits}_dequantize",
-            (-(-threads // 256), 1),
-            0,
-            current_stream(weights),
-            [
-                *pointers(self._words, self._scales, self._zeros, weights),
-                *integers(self.in_features, self.out_features, self.group_size),
-            ],
-        )
-        return weights

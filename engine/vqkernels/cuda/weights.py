@@ -1,58 +1,107 @@
-"""Packed weights on a GPU: y = x W' through our kernels.
+"""Packed weights on a GPU: y = x W' through our kernels, chosen by the number of rows.
 
-Rows of up to four activations go through a GEMV kernel; more are multiplied by torch after one
-dequantizing kernel, because a library's matrix product is then the faster one. Half precision in
-and out, sums in float.
+A few rows go through a GEMV kernel, more through a product of decoded tiles by the matrix units,
+and very many through torch after one dequantizing kernel, because decoding every tile again for
+every block of rows then costs more than writing the weights once. Half precision in and out, sums
+in float. `csrc/cuda` has the other half of every contract here.
 """
 
 from __future__ import annotations
 
-import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from vqkernels.cuda.driver import CudaModule
+from vqkernels.cuda.driver import Argument
+from vqkernels.cuda.gpu import BLOCKS_PER_PROCESSOR, Gpu, integers, pointers
 from vqkernels.errors import ShapeError
 
-_BLOCKS_PER_PROCESSOR = 4
+GEMM_TILES = (16, 32, 64)
+"""Rows of activations per block that the tensor-core kernels are compiled for."""
+
+MAX_GEMM_ROWS = 256
+"""More rows are multiplied by torch, after dequantizing. Not yet measured: a model's guess."""
+
+# Constants of tile.cuh and gemm.cuh.
+TILE_OUTPUTS, TILE_INPUTS = 128, 64
+_PADDING = 8
+_SLOTS = 4
+# A slice of fewer tiles would not fill the pipeline.
+_TILES_PER_SLICE = 4
 
 
-def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """Kernel arguments that are arrays; None is a null pointer."""
-    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
+@dataclass(frozen=True)
+class TileFormat:
+    """What the kernels on decoded tiles keep in shared memory.
+
+    Attributes:
+        by_input: whether a row of a decoded tile is one input; dequantized weights then are
+            (in, out).
+        table_bytes: tables beside the tiles.
+        packed_bytes: one packed tile.
+    """
+
+    by_input: bool
+    table_bytes: int
+    packed_bytes: int
+
+    @property
+    def decoded_bytes(self) -> int:
+        """One decoded tile, with its padding."""
+        rows, columns = TILE_OUTPUTS, TILE_INPUTS
+        if self.by_input:
+            rows, columns = columns, rows
+        return 2 * rows * (columns + _PADDING)
+
+    def gemm_bytes(self, tile: int) -> int:
+        """Shared memory of a product with `tile` rows per block."""
+        inputs = 2 * tile * (TILE_INPUTS + _PADDING)
+        return self.table_bytes + _SLOTS * (self.packed_bytes + inputs) + 2 * self.decoded_bytes
+
+    @property
+    def dequantize_bytes(self) -> int:
+        """Shared memory of dequantizing."""
+        return self.table_bytes + 2 * self.packed_bytes + self.decoded_bytes
 
 
-def integers(*values: int) -> list[ctypes.c_int]:
-    """Kernel arguments that are sizes."""
-    return [ctypes.c_int(value) for value in values]
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for a number of rows: `gemv` or `gemm` and the rows it is made for, or `torch`."""
 
-
-def current_stream(tensor: Tensor) -> int:
-    """Handle of torch's current stream on a tensor's device."""
-    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
-
-
-def to_device(
-    values: NDArray[np.float16] | NDArray[np.int64] | None, device: torch.device
-) -> Tensor | None:
-    """An optional array as a tensor."""
-    return None if values is None else torch.from_numpy(np.ascontiguousarray(values)).to(device)
+    kind: str
+    rows: int = 0
 
 
 class CudaWeights(ABC):
-    """One linear layer on one device."""
+    """One linear layer on one device.
 
+    Attributes:
+        kernel: beginning of the names of its kernels.
+        batches: rows that one GEMV launch may take, ascending.
+        tiles: its tiles in shared memory.
+    """
+
+    kernel: str
     batches: tuple[int, ...]
-    """Rows that one launch may take, ascending."""
+    tiles: TileFormat
 
-    def __init__(self, module: CudaModule, in_features: int, out_features: int) -> None:
-        self.module = module
+    def __init__(self, gpu: Gpu, in_features: int, out_features: int) -> None:
+        self.gpu = gpu
         self.in_features = in_features
         self.out_features = out_features
+
+    def choose(self, rows: int) -> Choice:
+        """Which kernel multiplies so many rows; the only place that decides it."""
+        if rows <= self.batches[-1]:
+            return Choice("gemv", next(size for size in self.batches if size >= rows))
+        limit = self.gpu.module.shared_bytes
+        fitting = [tile for tile in GEMM_TILES if self.tiles.gemm_bytes(tile) <= limit]
+        if rows > MAX_GEMM_ROWS or not fitting:
+            return Choice("torch")
+        return Choice("gemm", next((tile for tile in fitting if tile >= rows), fitting[-1]))
 
     def linear(self, x: Tensor) -> Tensor:
         """(rows, in_features) float16 on the weights' device to (rows, out_features) float16.
@@ -60,44 +109,66 @@ class CudaWeights(ABC):
         Raises:
             ShapeError: another shape or dtype.
         """
+        return self.product(x, self.choose(len(x)))
+
+    def product(self, x: Tensor, choice: Choice) -> Tensor:
+        """`linear` by a given kernel, which must take so many rows."""
         if x.ndim != 2 or x.shape[1] != self.in_features or x.dtype != torch.float16:
             raise ShapeError(
                 f"x is {x.dtype} {tuple(x.shape)}, expected float16 (rows, {self.in_features})"
             )
-        x = self.prepare(x.contiguous())
-        if x.shape[0] > self.batches[-1]:
+        x = self.prepare(x).contiguous()
+        if choice.kind == "torch":
             return x[:, : self.in_features] @ self.dequantize().T
-        batch = next(size for size in self.batches if size >= x.shape[0])
-        padded = (
-            x if batch == x.shape[0] else torch.cat([x, x.new_zeros(batch - len(x), x.shape[1])])
-        )
-        y = x.new_empty(batch, self.out_features)
-        self.gemv(padded, y)
-        return y[: x.shape[0]]
+        if choice.kind == "gemm":
+            return self._gemm(x, choice.rows)
+        rows = len(x)
+        if choice.rows > rows:
+            x = torch.cat([x, x.new_zeros(choice.rows - rows, x.shape[1])])
+        y = self.gpu.empty(choice.rows, self.out_features)
+        self.gemv(x, y)
+        return y[:rows]
 
     def prepare(self, x: Tensor) -> Tensor:
         """What is folded into the activations before the kernel sees them."""
         return x
 
-    @abstractmethod
-    def gemv(self, x: Tensor, y: Tensor) -> None:
-        """Launch the kernel for x.shape[0] prepared rows."""
-
-    @abstractmethod
     def dequantize(self) -> Tensor:
         """Weights (out_features, in_features) float16, without what `prepare` folds in."""
+        shape = (self.out_features, self.in_features)
+        weights = self.gpu.empty(*(reversed(shape) if self.tiles.by_input else shape))
+        self.gpu.launch(
+            f"{self.kernel}_dequantize",
+            self._tiled_grid(1, 0, -(-self.in_features // TILE_INPUTS)),
+            self.tiles.dequantize_bytes,
+            [*self.arguments(), *pointers(weights)],
+        )
+        return weights.T if self.tiles.by_input else weights
 
+    @abstractmethod
+    def arguments(self) -> Sequence[Argument]:
+        """What every kernel of the format takes first."""
 
-class Splits:
-    """Partial sums and counters of kernels that cut the inputs into slices."""
+    @abstractmethod
+    def gemv(self, x: Tensor, y: Tensor) -> None:
+        """Launch the GEMV kernel for len(x) prepared rows."""
 
-    def __init__(self, device: torch.device, num_slices: int, num_blocks: int, size: int) -> None:
-        self.num_slices = num_slices
-        self.partial = torch.empty(num_slices * size, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(num_blocks, dtype=torch.int32, device=device)
+    def _gemm(self, x: Tensor, tile: int) -> Tensor:
+        # Rows of 16-byte pieces that begin at multiples of 16 bytes.
+        if x.shape[1] % 8:
+            x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+        if x.data_ptr() % 16:
+            x = x.clone()
+        y = self.gpu.empty(len(x), self.out_features)
+        most = max(1, -(-self.in_features // TILE_INPUTS) // _TILES_PER_SLICE)
+        self.gpu.launch(
+            f"{self.kernel}_gemm{tile}",
+            self._tiled_grid(-(-len(x) // tile), y.numel(), most),
+            self.tiles.gemm_bytes(tile),
+            [*self.arguments(), *pointers(x, y), *self.gpu.scratch(), *integers(*x.shape)],
+        )
+        return y
 
-    @staticmethod
-    def count(device: torch.device, num_blocks: int, most: int) -> int:
-        """Slices that give every multiprocessor some blocks."""
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return max(1, min(most, -(-_BLOCKS_PER_PROCESSOR * processors // num_blocks)))
+    def _tiled_grid(self, row_blocks: int, size: int, most: int) -> tuple[int, int]:
+        blocks = -(-self.out_features // TILE_OUTPUTS) * row_blocks
+        return blocks, self.gpu.slices(blocks, size, most, BLOCKS_PER_PROCESSOR)

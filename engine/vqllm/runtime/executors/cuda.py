@@ -19,14 +19,14 @@ from torch import Tensor
 from vqkernels.cuda import (
     CodebookArrays,
     CodebookWeights,
-    CudaModule,
     CudaUnavailableError,
     CudaWeights,
     GptqArrays,
     GptqWeights,
+    Gpu,
     TrellisArrays,
     TrellisWeights,
-    kernel_image,
+    open_gpu,
 )
 from vqkernels.errors import LayoutError, NativeUnavailableError
 from vqllm.checkpoint import Checkpoint
@@ -73,16 +73,17 @@ class CudaExecutor(TorchExecutor):
             ExecutorUnavailable: no GPU, no driver, or the kernels cannot be compiled; says which.
             CorruptCheckpoint: a tensor is missing, misshapen or not finite.
         """
-        self._module = _load_kernels()
+        self._gpu = _open_gpu()
         self._formats: Counter[str] = Counter()
         sizes = (context_length, max_num_sequences, num_threads)
-        super().__init__(checkpoint, *sizes, device="cuda", dtype=torch.float16)
+        device = str(self._gpu.device)
+        super().__init__(checkpoint, *sizes, device=device, dtype=torch.float16)
         _log.info("linears on the GPU", extra={"facts": dict(self._formats)})
 
     @property
     def providers(self) -> tuple[str, ...]:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self._formats.items()))
-        return (f"cuda {torch.cuda.get_device_name()}", counts, *super().providers)
+        return (f"cuda {self._gpu.module.name}", counts, *super().providers)
 
     def _load_block(self, checkpoint: Checkpoint, layer: int) -> BlockWeights:
         matrices: dict[str, CudaWeights] = {}
@@ -94,7 +95,7 @@ class CudaExecutor(TorchExecutor):
                 self._formats["unquantized"] += 1
                 continue
             try:
-                matrices[part] = upload(self._module, linear)
+                matrices[part] = upload(self._gpu, linear)
                 self._formats[linear.method] += 1
             except LayoutError as error:
                 _log.warning("no kernel for %s: %s; it runs dequantized", part, error)
@@ -105,20 +106,19 @@ class CudaExecutor(TorchExecutor):
         return CudaBlock(**fields, matrices=matrices)
 
 
-def upload(module: CudaModule, linear: QuantizedLinear) -> CudaWeights:
-    """A packed linear on the current GPU.
+def upload(gpu: Gpu, linear: QuantizedLinear) -> CudaWeights:
+    """A packed linear on a GPU.
 
     Raises:
         LayoutError: its format or its sizes have no kernel.
     """
-    device = torch.device("cuda")
     match linear:
         case GroupedLinear():
-            return GptqWeights(module, _gptq_arrays(linear), device)
+            return GptqWeights(gpu, _gptq_arrays(linear))
         case TcqLinear():
-            return TrellisWeights(module, _trellis_arrays(linear), device)
+            return TrellisWeights(gpu, _trellis_arrays(linear))
         case VptqLinear():
-            return CodebookWeights(module, _codebook_arrays(linear), device)
+            return CodebookWeights(gpu, _codebook_arrays(linear))
     raise LayoutError(f"no CUDA kernel for the method {linear.method!r}")
 
 
@@ -168,14 +168,14 @@ def _codebook_arrays(linear: VptqLinear) -> CodebookArrays:
     )
 
 
-def _load_kernels() -> CudaModule:
+def _open_gpu() -> Gpu:
     if not torch.cuda.is_available():
         raise ExecutorUnavailable(
             "executor 'cuda' needs an NVIDIA GPU and torch with CUDA; torch sees none"
         )
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device())
         cache = user_cache_path("vqstack", appauthor=False) / "cuda"
-        return CudaModule(kernel_image(cache, torch.cuda.get_device_capability()))
+        return open_gpu(cache, device)
     except (CudaUnavailableError, NativeUnavailableError) as error:
         raise ExecutorUnavailable(f"executor 'cuda': {error}") from error
