@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from support import emulated_gpu
 from vqkernels.errors import LayoutError
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import ExecutorUnavailable
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
 from vqllm.runtime.engine import EngineConfig
+from vqllm.runtime.executors import cuda
 from vqllm.runtime.executors.cuda import _gptq_arrays
+from vqllm.runtime.executors.torch import TorchExecutor
 from vqllm.runtime.loading import make_executor
+
+RunVqllm = Callable[..., tuple[int, str, str]]
 
 
 def grouped(bits: int = 4, is_symmetric: bool = True) -> GroupedLinear:
@@ -52,3 +59,40 @@ def test_without_a_gpu_the_executor_says_so(tiny_folder: Path) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ExecutorUnavailable, match="needs an NVIDIA GPU"):
         make_executor(Checkpoint(tiny_folder), "cuda", EngineConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "kernel"),
+    [
+        (("--method", "gptq", "--bits", "4", "--group-size", "32"), "gptq4"),
+        (("--method", "tcq", "--bpw", "3"), "trellis"),
+    ],
+)
+def test_it_predicts_what_the_reference_predicts(
+    method: tuple[str, ...],
+    kernel: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    run_vqllm: RunVqllm,
+    emulated_driver: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tmp_path / "out"
+    words = ("--windows", "4", "--window-length", "64")
+    code, _, errors = run_vqllm("quantize", tiny_folder, "-o", target, *method, *words)
+    assert code == 0, errors
+    checkpoint = Checkpoint(target)
+    monkeypatch.setattr(cuda, "_open_gpu", emulated_gpu.open_gpu)
+    executor = cuda.CudaExecutor(checkpoint, 64)
+    reference = TorchExecutor(checkpoint, 64)
+    caches = executor.allocate(), reference.allocate()
+    emulated_gpu.launches(emulated_driver)
+    for tokens in (list(range(40, 60)), [7], [8]):
+        found = executor.prefill(caches[0], tokens)
+        expected = reference.prefill(caches[1], tokens)
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    names = emulated_gpu.launches(emulated_driver)
+    assert {"gemm32", "b1"} <= {name.split("_")[-1] for name in names}
+    assert all(kernel in name for name in names)
+    assert "emulated" in executor.providers[0]
