@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scq.errors import InvalidCodebook, InvalidLatents
@@ -24,6 +25,7 @@ from scq.quantizers.coding import (
     fit_tables,
     pack_rans,
     pack_raw,
+    symbol_bits,
     unpack_rans,
     unpack_raw,
 )
@@ -183,23 +185,22 @@ class Quantizer(nn.Module):
 
     def fit_tables(self, symbols: Tensor) -> SymbolTables:
         """Static frequencies per symbol position from (N, S) training symbols."""
-        array = to_array(symbols)
-        return fit_tables(array, self.alphabets, self._coded)
+        return self._fit_tables(to_array(symbols))
 
     def pack(self, symbols: Tensor, tables: SymbolTables | None = None) -> bytes:
         """(N, S) symbols -> bytes: RAW mixed radix, or rANS under static `tables`."""
         array = to_array(symbols)
-        if tables is None:
-            return self._pack_raw(array)
-        return pack_rans(array, tables, self._coded)
+        return self._pack_raw(array) if tables is None else self._pack_rans(array, tables)
 
     def unpack(self, data: bytes, count: int, tables: SymbolTables | None = None) -> Tensor:
         """The `count` latents' symbols (count, S). Raises CorruptCodes."""
         if tables is None:
-            array = self._unpack_raw(data, count)
-        else:
-            array = unpack_rans(data, count, tables, self._coded)
-        return torch.from_numpy(array)
+            return torch.from_numpy(self._unpack_raw(data, count))
+        return torch.from_numpy(self._unpack_rans(data, count, tables))
+
+    def bits(self, symbols: Tensor, tables: SymbolTables) -> Tensor:
+        """(N,) float32: what each latent's (N, S) symbols take under `tables`, in bits."""
+        return torch.from_numpy(self._symbol_bits(to_array(symbols), tables)).float()
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise InvalidLatents unless (N, F), N >= 1 and finite."""
@@ -232,6 +233,18 @@ class Quantizer(nn.Module):
     def _coded(self, position: int, symbols: Ints) -> Bools:
         """Which latents transmit `position`, told by the positions before it; all by default."""
         return np.ones(len(symbols), np.bool_)
+
+    def _fit_tables(self, symbols: Ints) -> SymbolTables:
+        return fit_tables(symbols, self.alphabets, self._coded)
+
+    def _symbol_bits(self, symbols: Ints, tables: SymbolTables) -> NDArray[np.float64]:
+        return symbol_bits(symbols, tables, self._coded)
+
+    def _pack_rans(self, symbols: Ints, tables: SymbolTables) -> bytes:
+        return pack_rans(symbols, tables, self._coded)
+
+    def _unpack_rans(self, data: bytes, count: int, tables: SymbolTables) -> Ints:
+        return unpack_rans(data, count, tables, self._coded)
 
     def _pack_raw(self, symbols: Ints) -> bytes:
         return pack_raw(symbols, self.alphabets, self._coded)

@@ -3,7 +3,9 @@
 Symbols (N, S) travel position by position, each for all latents that have it. RAW takes 64
 symbols of one position as the integer sum symbol_i * alphabet^i in the fewest whole bytes that
 hold alphabet^64 - 1. rANS is one stream under one 16-bit frequency table per position, fitted on
-training symbols; no contexts, so that no quantizer has an advantage but its own statistics.
+training symbols; no contexts, so that no quantizer has an advantage but its own statistics. What
+a method's symbols cannot mean costs it nothing either: codes of equal weight have no order (see
+`set_coding`); the stages of RVQ and the channels of FSQ do.
 
 Knows nothing of latents; which latents have a position is told by a function of the positions
 before it.
@@ -75,18 +77,23 @@ def fit_tables(symbols: Ints, alphabets: Sequence[int], coded: Coded) -> SymbolT
 
     Raises InvalidCodebook for an alphabet beyond what 16-bit frequencies can tell apart.
     """
-    if max(alphabets, default=0) > MAX_ALPHABET:
-        raise InvalidCodebook(
-            f"an alphabet of {max(alphabets)} symbols has no 16-bit table, the limit is "
-            f"{MAX_ALPHABET}; pack RAW"
-        )
-    rows = []
-    for position, size in enumerate(alphabets):
-        present = symbols[coded(position, symbols[:, :position]), position]
-        counts = np.bincount(present, minlength=size)
-        prior = _best_prior(present, size)
-        rows.append(rans.quantize_frequencies(counts[None] + prior)[0])
+    rows = [
+        fit_row(symbols[coded(position, symbols[:, :position]), position], size)
+        for position, size in enumerate(alphabets)
+    ]
     return SymbolTables(tuple(rows))
+
+
+def fit_row(present: Ints, size: int) -> Ints:
+    """Frequencies of one alphabet from (N,) training symbols. Raises as `fit_tables`."""
+    if size > MAX_ALPHABET:
+        raise InvalidCodebook(
+            f"an alphabet of {size} symbols has no 16-bit table, the limit is {MAX_ALPHABET}; "
+            "pack RAW"
+        )
+    counts = np.bincount(present, minlength=size)
+    row: Ints = rans.quantize_frequencies(counts[None] + _best_prior(present, size))[0]
+    return row
 
 
 def _best_prior(present: Ints, size: int) -> float:
@@ -127,12 +134,13 @@ def unpack_rans(data: bytes, count: int, tables: SymbolTables, coded: Coded) -> 
     return symbols
 
 
-def ideal_bits(symbols: Ints, tables: SymbolTables, coded: Coded) -> float:
-    """Information content of (N, S) symbols under `tables`, in bits."""
-    return sum(
-        rans.ideal_bits(symbols[coded(position, symbols[:, :position]), position], row[None])
-        for position, row in enumerate(tables.frequencies)
-    )
+def symbol_bits(symbols: Ints, tables: SymbolTables, coded: Coded) -> NDArray[np.float64]:
+    """(N,) bits of each latent's (N, S) symbols under `tables`."""
+    total = np.zeros(len(symbols))
+    for position, row in enumerate(tables.frequencies):
+        present = coded(position, symbols[:, :position])
+        total += np.where(present, np.log2(rans.TOTAL / row)[symbols[:, position]], 0)
+    return total
 
 
 def pack_raw(symbols: Ints, alphabets: Sequence[int], coded: Coded) -> bytes:
@@ -199,6 +207,13 @@ def unpack_digits(data: bytes, count: int, radix: int) -> list[int]:
 def _chunk_bytes(count: int, radix: int) -> int:
     largest = int(radix**count) - 1
     return (largest.bit_length() + 7) // 8
+
+
+def check_symbols(symbols: Ints, alphabets: Sequence[int]) -> None:
+    """Raise CorruptCodes unless (N, S) symbols lie in their alphabets."""
+    _check_shape(symbols, len(alphabets))
+    for position, size in enumerate(alphabets):
+        _check_range(symbols[:, position], size, position)
 
 
 def _check_shape(symbols: Ints, positions: int) -> None:

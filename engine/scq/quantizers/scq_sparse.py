@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scq.codebook_init import refine
@@ -17,7 +19,7 @@ from scq.lattice import LatticeAssignment, LatticeCode, reconstruct, search
 from scq.metrics import CodebookUsage
 from scq.quantizers.base import QuantizerConfig, pull_losses, to_array
 from scq.quantizers.codebook import CodebookQuantizer, seed_pool
-from scq.quantizers.coding import Bools, Ints, pack_digits, unpack_digits
+from scq.quantizers.coding import Bools, Ints, SymbolTables, pack_digits, unpack_digits
 from scq.quantizers.lattice_symbols import (
     coded,
     from_ranks,
@@ -26,10 +28,11 @@ from scq.quantizers.lattice_symbols import (
     to_ranks,
     to_symbols,
 )
+from scq.quantizers.set_coding import fit_set_tables, pack_sets, set_bits, unpack_sets
 
 
 class SparseConvexQuantizer(CodebookQuantizer):
-    """Lattice codes of one codebook; RAW mode packs the exact combinatorial rank."""
+    """Lattice codes of one codebook; RAW packs the exact combinatorial rank, rANS sets of codes."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__(config)
@@ -117,6 +120,18 @@ class SparseConvexQuantizer(CodebookQuantizer):
 
     def _coded(self, position: int, symbols: Ints) -> Bools:
         return coded(position, symbols, self.code)
+
+    def _fit_tables(self, symbols: Ints) -> SymbolTables:
+        return fit_set_tables(symbols, self.alphabets, self.code)
+
+    def _symbol_bits(self, symbols: Ints, tables: SymbolTables) -> NDArray[np.float64]:
+        return set_bits(symbols, tables, self.code)
+
+    def _pack_rans(self, symbols: Ints, tables: SymbolTables) -> bytes:
+        return pack_sets(symbols, tables, self.code)
+
+    def _unpack_rans(self, data: bytes, count: int, tables: SymbolTables) -> Ints:
+        return unpack_sets(data, count, tables, self.code)
 
     def _pack_raw(self, symbols: Ints) -> bytes:
         return pack_digits(

@@ -7,11 +7,9 @@ latent to choose from: sparse convex codes and residual stages.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from scq.bitstream import rans
 from scq.lattice import LatticeAssignment, search_candidates
 from scq.quantizers import Quantizer, SymbolTables
 from scq.quantizers.rvq import ResidualQuantizer
@@ -57,20 +55,9 @@ def _choose(
     quantizer: Quantizer, symbols: Tensor, errors: Tensor, price: tuple[SymbolTables, float]
 ) -> Tensor:
     tables, weight = price
-    flat = symbols.flatten(0, 1)
-    bits = _bits(quantizer, flat, tables).reshape(errors.shape)
+    bits = quantizer.bits(symbols.flatten(0, 1), tables).reshape(errors.shape)
     best = (errors + weight * bits).argmin(dim=1)
     return symbols[torch.arange(len(symbols)), best]
-
-
-def _bits(quantizer: Quantizer, symbols: Tensor, tables: SymbolTables) -> Tensor:
-    """(M,) bits of (M, S) symbols."""
-    array = symbols.numpy()
-    total = np.zeros(len(array))
-    for position, row in enumerate(tables.frequencies):
-        coded = quantizer._coded(position, array[:, :position])
-        total += np.where(coded, np.log2(rans.TOTAL / row)[array[:, position]], 0)
-    return torch.from_numpy(total).float()
 
 
 def _convex(quantizer: Quantizer, latents: Tensor) -> tuple[Tensor, Tensor]:
