@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from vqllm.quantization.parts import QuantizedPart
 from vqllm.quantization.pipeline import Surroundings
 from vqllm.quantization.presets import QuantizeConfig
 from vqllm.quantization.recipe import Recipe
+from vqllm.quantization.workers import Workers
 from vqllm.runtime.tokenizer import ChatTokenizer
 from vqllm.sources import PlainSource
 from vqllm.tuning.tune import TuningStep
@@ -55,14 +57,16 @@ class RunOptions:
     Attributes:
         resume: go on with an unfinished run of the same settings; else start over.
         max_memory: bytes that must not be exceeded, or None.
-        mapper: where linears are quantized.
+        workers: threads of this process that share the work.
+        mapper: where linears are quantized; None is on the workers.
         report: called with every finished linear.
         report_tuning: called after every step of tuning.
     """
 
     resume: bool = True
     max_memory: int | None = None
-    mapper: Mapper = field(default_factory=LocalMapper)
+    workers: Workers = field(default_factory=lambda: Workers(0))
+    mapper: Mapper | None = None
     report: Report = _ignore
     report_tuning: TuningReport = _ignore_step
 
@@ -105,11 +109,12 @@ class AutoQuantizer:
             OverBudget: the bit budget cannot be met.
         """
         job = self._job(QuantizeConfig(**settings), calibration or CalibrationConfig())
-        recipe, parts = job.recipe(), {}
-        for part in job.run(recipe, Surroundings()):
-            report(part)
-            parts[part.name] = part
-        tuned, norms = job.tuned(parts, _ignore_step)
+        with Workers(0) as workers:
+            recipe, parts = job.recipe(workers), {}
+            for part in job.run(recipe, Surroundings(LocalMapper(workers), workers)):
+                report(part)
+                parts[part.name] = part
+            tuned, norms = job.tuned(parts, _ignore_step, workers)
         self._done = _Done(job, recipe, tuned, norms)
         return self
 
@@ -169,7 +174,7 @@ class AutoQuantizer:
             raise VqllmError(f"{target} exists already; remove it or choose another folder")
         job = self._job(config, calibration)
         work = WorkFolder(target, job.key, options.resume)
-        recipe = work.recipe(job.recipe)
+        recipe = work.recipe(partial(job.recipe, options.workers))
         for part in job.run(recipe, self._surroundings(job, recipe, options, work)):
             options.report(part)
         self._complete(job, recipe, work, target, options)
@@ -181,7 +186,8 @@ class AutoQuantizer:
     ) -> None:
         parts, norms = work.parts(job.source.linear_names()), Norms()
         if job.config.tune_steps:
-            tuned, norms = job.tuned({p.name: p for p in parts}, options.report_tuning)
+            found = {p.name: p for p in parts}
+            tuned, norms = job.tuned(found, options.report_tuning, options.workers)
             parts = iter(tuned.values())
         job.write(target, parts, recipe, norms)
 
@@ -189,10 +195,14 @@ class AutoQuantizer:
         self, job: QuantizeJob, recipe: Recipe, options: RunOptions, work: WorkFolder
     ) -> Surroundings:
         config, shape = self.checkpoint.config, job.windows.shape
+        windows, limit = (shape[0], shape[1]), options.max_memory
+        memory = plan_memory(config, windows, recipe, limit, options.workers.count)
+        workers = options.workers if memory.num_workers > 1 else Workers()
         return Surroundings(
-            mapper=options.mapper,
+            mapper=options.mapper or LocalMapper(workers),
+            workers=workers,
             store=work,
-            memory=plan_memory(config, (shape[0], shape[1]), recipe, options.max_memory),
+            memory=memory,
             spill=work.path / "spill",
             release=self.checkpoint.store.release,
         )

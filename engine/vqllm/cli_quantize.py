@@ -83,7 +83,9 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run.")
     ] = True,
-    threads: Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Threads; 0 is one per processor. The result is the same.", min=0)
+    ] = 0,
     cache: Annotated[
         Path | None,
         typer.Option(help="Cache folder; default is the user's cache.", show_default=False),
@@ -100,6 +102,7 @@ def quantize(
     from vqllm.quantization.mappers import make_mapper
     from vqllm.quantization.memory import parse_bytes, peak_bytes, reset_peak
     from vqllm.quantization.presets import QuantizeConfig, suggested_steps
+    from vqllm.quantization.workers import Workers
 
     if threads:
         torch.set_num_threads(threads)
@@ -125,8 +128,14 @@ def quantize(
     start = time.monotonic()
     if bpw is not None:
         _messages.print("first measuring how many bits every linear needs (minutes)")
-    with make_mapper(executor) as mapper, _Display(quantizer.num_linears, tune_steps) as display:
-        options = RunOptions(resume, limit, mapper, display.report, display.report_tuning)
+    with (
+        Workers(threads) as workers,
+        make_mapper(executor) as mapper,
+        _Display(quantizer.num_linears, tune_steps) as display,
+    ):
+        reports = (display.report, display.report_tuning)
+        elsewhere = None if executor == "local" else mapper
+        options = RunOptions(resume, limit, workers, elsewhere, *reports)
         quantizer.quantize_to(output, config, text, options)
     _messages.print(
         f"{time.monotonic() - start:.0f} s, peak memory {peak_bytes() / 1e9:.2f} GB",
@@ -144,7 +153,7 @@ def rehearse(
     windows: Annotated[int, typer.Option(help="Calibration windows.", min=2)] = 16,
     window_length: Annotated[int, typer.Option(help="Tokens per window.", min=1)] = 2048,
     max_memory: Annotated[str | None, typer.Option(help="Limit such as 20GB.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads; 0 leaves it to the library.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0 is one per processor.", min=0)] = 0,
 ) -> None:
     """Quantize one block of a model's true shapes with random weights, and measure it."""
     import torch
@@ -153,14 +162,16 @@ def rehearse(
     from vqllm.quantization.memory import parse_bytes
     from vqllm.quantization.presets import QuantizeConfig, make_recipe
     from vqllm.quantization.rehearsal import rehearse as run
+    from vqllm.quantization.workers import Workers
 
     if threads:
         torch.set_num_threads(threads)
     wish = QuantizeConfig(method=method, bits=bits, alpha=alpha, dampings=_numbers(damping))
     limit = None if max_memory is None else parse_bytes(max_memory)
     shape = find_shape(model)
-    with _Display(len(shape.linear_shapes()), 0) as display:
-        done = run(shape, make_recipe(wish, {}), (windows, window_length), limit, display.report)
+    recipe, size = make_recipe(wish, {}), (windows, window_length)
+    with Workers(threads) as workers, _Display(len(shape.linear_shapes()), 0) as display:
+        done = run(shape, recipe, size, limit, display.report, workers)
     table = Table(title=f"one block of {model}", show_header=False)
     table.add_row("way", "lean: weights and states on disk" if done.is_lean else "fast")
     table.add_row("expected peak", f"{done.expected_bytes / 1e9:.2f} GB")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vqllm.quantization.hessian import HessianFactor
+from vqllm.quantization.products import multiply, multiply_rows
 
 _ROWS, _COLUMNS = 1024, 2048
 
@@ -39,8 +40,8 @@ class CrossMoment:
         """Count rows (n, in) of the full-precision and of the quantized stream."""
         difference = reference - inputs
         for part, total in self._sums.items():
-            left = difference if self._is_shared else difference @ self._weights[part].T
-            total += left.T @ inputs
+            left = difference if self._is_shared else multiply(difference, self._weights[part])
+            total += multiply_rows(left, inputs)
 
     def merge(self, other: CrossMoment) -> None:
         """Count the rows of `other` as well."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqllm.errors import CalibrationError
+from vqllm.quantization.products import multiply_rows
 from vqllm.quantization.triangular import cholesky_, invert_lower_, permute_
 
 BLOCKED_FROM = 6144
@@ -31,7 +32,7 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Count inputs of shape (..., num_columns)."""
         rows = inputs.flatten(0, -2)
-        self._sum += rows.T @ rows
+        self._sum += multiply_rows(rows, rows)
         self.num_rows += rows.shape[0]
 
     def merge(self, other: Hessian) -> None:

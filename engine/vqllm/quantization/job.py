@@ -25,6 +25,7 @@ from vqllm.quantization.presets import QuantizeConfig, make_recipe
 from vqllm.quantization.recipe import Recipe, hash_of
 from vqllm.quantization.saving import CheckpointWriter, FolderPlan
 from vqllm.quantization.sensitivity import SensitivityConfig, sensitivities
+from vqllm.quantization.workers import Workers
 from vqllm.sources import PlainSource, WeightSource
 from vqllm.tuning.tune import TuningConfig, TuningStep, tune
 
@@ -93,7 +94,7 @@ class QuantizeJob:
         digest = hashlib.sha256(np.ascontiguousarray(self.windows).tobytes()).hexdigest()
         return hash_of([list(self.windows.shape), digest])
 
-    def recipe(self) -> Recipe:
+    def recipe(self, workers: Workers | None = None) -> Recipe:
         """Options of every linear; measures sensitivities where there is a bit budget.
 
         Raises:
@@ -102,7 +103,8 @@ class QuantizeJob:
         if self.config.bpw is None:
             return make_recipe(self.config, self.shapes)
         make_recipe(self.config, self.shapes, dict.fromkeys(self.shapes, 1.0))  # fails early
-        found = sensitivities(self.source, self.windows, SensitivityConfig(seed=self.config.seed))
+        config = SensitivityConfig(seed=self.config.seed)
+        found = sensitivities(self.source, self.windows, config, workers)
         return make_recipe(self.config, self.shapes, found)
 
     def run(self, recipe: Recipe, surroundings: Surroundings) -> Iterator[QuantizedPart]:
@@ -110,15 +112,17 @@ class QuantizeJob:
         return quantize_model(self.source, self.windows, recipe, surroundings)
 
     def tuned(
-        self, parts: Mapping[str, QuantizedPart], report: TuningReport
+        self, parts: Mapping[str, QuantizedPart], report: TuningReport, workers: Workers
     ) -> tuple[dict[str, QuantizedPart], Norms]:
         """The parts with tuned scales and codebooks, and tuned norms by name in the file."""
         if not self.config.tune_steps:
             return dict(parts), {}
-        config = TuningConfig(steps=self.config.tune_steps, seed=self.config.seed)
+        # Activations of several windows at a time would be more memory than all else together.
+        recompute = workers.count > 1
+        config = TuningConfig(self.config.tune_steps, recompute=recompute, seed=self.config.seed)
         linears = {name: part.linear for name, part in parts.items()}
         windows = self.windows if self.more_windows is None else self.more_windows
-        result = tune(self.source, linears, windows, config, report)
+        result = tune(self.source, linears, windows, config, report, workers)
         return {
             name: QuantizedPart(name, result.linears[name], part.relative_error, part.damping)
             for name, part in parts.items()

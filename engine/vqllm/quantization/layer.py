@@ -6,18 +6,23 @@ that any machine can run it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vqllm.quantization.base import MethodOptions, QuantizedLinear
 from vqllm.quantization.correction import corrected
-from vqllm.quantization.hessian import HessianFactor, factorize
+from vqllm.quantization.hessian import BLOCKED_FROM, HessianFactor, factorize
 from vqllm.quantization.mappers import Mapper
 from vqllm.quantization.methods import method_of
 from vqllm.quantization.moments import Moments, MomentSums
+from vqllm.quantization.workers import Workers
+
+Factors = Mapping[float, HessianFactor]
 
 TRIAL_ROWS = 128
 _GRAM_COLUMNS = 4096
@@ -55,11 +60,13 @@ class GroupQuantizer:
         alpha: strength of the correction.
         dampings: parts of the mean hessian diagonal to choose from.
         mapper: where the jobs run.
+        workers: of this process, for what comes before the jobs.
     """
 
     alpha: float
     dampings: tuple[float, ...]
     mapper: Mapper
+    workers: Workers = field(default_factory=Workers)
 
     def run(self, tasks: Mapping[str, LinearTask], sums: MomentSums) -> dict[str, LinearResult]:
         """Results by part.
@@ -75,18 +82,26 @@ class GroupQuantizer:
         hessian = moments.hessian.total
         diagonal = hessian.diagonal().clone()
         results: dict[str, LinearResult] = {}
-        for damping in sorted(set(chosen.values())):
+        for dampings in _shared_rounds(sorted(set(chosen.values())), hessian):
             hessian.diagonal().copy_(diagonal)
-            factor = factorize(hessian, damping, overwrite=True)
-            parts = [part for part in tasks if chosen[part] == damping]
-            jobs = [self._job(part, tasks[part], moments, factor) for part in parts]
+            factors = self._factors(hessian, dampings, overwrite=len(hessian) >= BLOCKED_FROM)
+            parts = [part for part in tasks if chosen[part] in dampings]
+
+            def job(part: str, factors: Factors = factors) -> _Job:
+                return self._job(part, tasks[part], moments, factors, chosen[part])
+
+            jobs = list(self.workers.map(job, parts))
             if len(results) + len(parts) == len(tasks):
                 moments.cross = None  # as large as a weight in float64
             for part, (linear, error) in zip(
-                parts, self.mapper.map(_run, factor, jobs), strict=True
+                parts, self.mapper.map(_run, factors, jobs), strict=True
             ):
-                results[part] = LinearResult(linear, error, damping)
+                results[part] = LinearResult(linear, error, chosen[part])
         return results
+
+    def _factors(self, hessian: Tensor, dampings: Sequence[float], overwrite: bool) -> Factors:
+        found = self.workers.map(partial(factorize, hessian, overwrite=overwrite), dampings)
+        return dict(zip(dampings, found, strict=True))
 
     def _chosen_dampings(
         self, tasks: Mapping[str, LinearTask], sums: MomentSums
@@ -98,13 +113,18 @@ class GroupQuantizer:
         """
         if sums.held_out is None or len(self.dampings) == 1:
             return dict.fromkeys(tasks, self.dampings[0])
-        held_out = sums.held_out.hessian.total
-        errors = []
-        for damping in self.dampings:
-            factor = factorize(sums.training.hessian.total, damping)
-            trials = [self._trial(part, task, sums, factor) for part, task in tasks.items()]
-            errors.append(self.mapper.map(_trial_error, (factor, held_out), trials))
-        best = torch.tensor(errors, dtype=torch.float64).argmin(0).tolist()
+        training, held_out = sums.training.hessian.total, sums.held_out.hessian.total
+        errors: list[float] = []
+        for dampings in _shared_rounds(self.dampings, training):
+            factors = self._factors(training, dampings, overwrite=False)
+
+            def trial(pair: tuple[float, str], factors: Factors = factors) -> _Trial:
+                return self._trial(pair[1], tasks[pair[1]], sums, factors, pair[0])
+
+            trials = list(self.workers.map(trial, itertools.product(dampings, tasks)))
+            errors += self.mapper.map(_trial_error, (factors, held_out), trials)
+        by_damping = torch.tensor(errors, dtype=torch.float64).view(len(self.dampings), -1)
+        best = by_damping.argmin(0).tolist()
         return {part: self.dampings[index] for part, index in zip(tasks, best, strict=True)}
 
     def _job(
@@ -112,25 +132,35 @@ class GroupQuantizer:
         part: str,
         task: LinearTask,
         moments: Moments,
-        factor: HessianFactor,
+        factors: Factors,
+        damping: float,
         rows: slice | Tensor = slice(None),
-    ) -> LinearTask:
+    ) -> _Job:
         """The weight, or rows of it, moved towards the full-precision outputs."""
         cross = moments.cross_of(part, rows)
         if cross is None or not self.alpha:
-            return LinearTask(task.weight[rows], task.options)
-        target = corrected(task.weight[rows], cross, factor, self.alpha)
-        return LinearTask(target, task.options)
+            return _Job(task.weight[rows], task.options, damping)
+        target = corrected(task.weight[rows], cross, factors[damping], self.alpha)
+        return _Job(target, task.options, damping)
 
     def _trial(
-        self, part: str, task: LinearTask, sums: MomentSums, factor: HessianFactor
+        self, part: str, task: LinearTask, sums: MomentSums, factors: Factors, damping: float
     ) -> _Trial:
         rows = _sampled_rows(task.weight.shape[0])
         held_out = None if sums.held_out is None else sums.held_out.cross_of(part, rows)
-        job = self._job(part, task, sums.training, factor, rows)
+        job = self._job(part, task, sums.training, factors, damping, rows)
         return _Trial(
             job, task.weight[rows], None if held_out is None else 2 * self.alpha * held_out
         )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to round to codes: a target (out, in) float32, and the damping of its hessian."""
+
+    weight: Tensor
+    options: MethodOptions
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -142,19 +172,26 @@ class _Trial:
         pull: (n, in) float64, 2 alpha times the held-out cross moment, or None.
     """
 
-    job: LinearTask
+    job: _Job
     weight: Tensor
     pull: Tensor | None
 
 
-def _run(factor: HessianFactor, job: LinearTask) -> tuple[QuantizedLinear, float]:
-    linear = _quantized(factor, job)
-    return linear, _relative_error(job.weight, linear, factor.hessian)
+def _shared_rounds(dampings: Sequence[float], hessian: Tensor) -> list[Sequence[float]]:
+    """Dampings whose factors are in memory together: all of a small hessian, one of a large."""
+    if len(hessian) < BLOCKED_FROM:
+        return [dampings]
+    return [(damping,) for damping in dampings]
 
 
-def _quantized(factor: HessianFactor, job: LinearTask) -> QuantizedLinear:
+def _run(factors: Factors, job: _Job) -> tuple[QuantizedLinear, float]:
+    linear = _quantized(factors, job)
+    return linear, _relative_error(job.weight, linear, factors[job.damping].hessian)
+
+
+def _quantized(factors: Factors, job: _Job) -> QuantizedLinear:
     quantize = method_of(job.options.method).quantize
-    linear: QuantizedLinear = quantize(job.weight, factor, job.options)
+    linear: QuantizedLinear = quantize(job.weight, factors[job.damping], job.options)
     return linear
 
 
@@ -178,10 +215,10 @@ def _sampled_rows(num_rows: int) -> Tensor:
     return (starts[:, None] + torch.arange(_TRIAL_RUN)).flatten()
 
 
-def _trial_error(shared: tuple[HessianFactor, Tensor], trial: _Trial) -> float:
+def _trial_error(shared: tuple[Factors, Tensor], trial: _Trial) -> float:
     """|(Q - W) Xq - alpha W (Xfp - Xq)|^2 over held-out rows, up to a constant."""
-    factor, hessian = shared
-    linear = _quantized(factor, trial.job)
+    factors, hessian = shared
+    linear = _quantized(factors, trial.job)
     difference = torch.from_numpy(linear.dequantize()).double() - trial.weight
     error = ((difference @ hessian) * difference).sum()
     if trial.pull is not None:

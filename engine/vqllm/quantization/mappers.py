@@ -1,12 +1,14 @@
-"""Where the jobs of a group of linears run: here, one after the other, or on other machines."""
+"""Where the jobs of a group of linears run: on threads of this process, or on other machines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 from vqllm.errors import InvalidConfig
+from vqllm.quantization.workers import Workers
 
 EXECUTORS = ("local", "ray")
 
@@ -26,12 +28,16 @@ class Mapper(Protocol):
 
 
 class LocalMapper:
-    """Runs jobs in this process; the methods use its threads themselves."""
+    """Runs jobs in this process, as many at a time as there are workers."""
+
+    def __init__(self, workers: Workers | None = None) -> None:
+        """Without workers the calling thread does it all."""
+        self._workers = workers or Workers()
 
     def map(
         self, function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job]
     ) -> list[Result]:
-        return [function(shared, job) for job in jobs]
+        return list(self._workers.map(partial(function, shared), jobs))
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class MemoryPlan:
     Attributes:
         is_lean: weights and hidden states lie on disk between uses and every group of linears is
             reached by running the block anew, batch by batch; else all of it stays in memory.
+        num_workers: how many pieces of work may be in memory at a time.
         expected_bytes: estimate of the peak.
         limit: what must not be exceeded, or None.
     """
@@ -84,6 +85,7 @@ class MemoryPlan:
     is_lean: bool = False
     expected_bytes: int = 0
     limit: int | None = None
+    num_workers: int = 1
 
     def check(self, name: str) -> None:
         """Raise OverBudget when the limit was exceeded; `name` is the linear just finished."""
@@ -97,17 +99,23 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: DecoderConfig, windows_shape: tuple[int, int], recipe: Recipe, limit: int | None
+    config: DecoderConfig,
+    windows_shape: tuple[int, int],
+    recipe: Recipe,
+    limit: int | None,
+    num_workers: int = 1,
 ) -> MemoryPlan:
-    """The fastest way to run that fits into `limit` bytes.
+    """The fastest way to run that fits into `limit` bytes, with `num_workers` or with one.
 
     Raises:
         OverBudget: no way fits; names what would be needed.
     """
     estimate = _Estimate(config, windows_shape, recipe)
-    fast, lean = estimate.fast(), estimate.lean()
-    if limit is None or fast <= limit:
-        return MemoryPlan(False, fast, limit)
+    for workers in (num_workers, 1):
+        fast = estimate.fast(workers)
+        if limit is None or fast <= limit:
+            return MemoryPlan(False, fast, limit, workers)
+    lean, limit = estimate.lean(), limit or 0
     if lean <= limit:
         return MemoryPlan(True, lean, limit)
     raise OverBudget(
@@ -135,13 +143,15 @@ class _Estimate:
         self._num_tokens = windows_shape[0] * windows_shape[1]
         self._batch_tokens = windows_per_batch(windows_shape[1]) * windows_shape[1]
         self._streams = 2 if recipe.alpha > 0 else 1
-        self._halves = 2 if len(recipe.dampings) > 1 else 1
+        self._dampings = len(recipe.dampings)
+        self._halves = 2 if self._dampings > 1 else 1
         self._base = resident_bytes() + _SLACK
 
-    def fast(self) -> int:
+    def fast(self, num_workers: int) -> int:
         """Everything in memory."""
         hidden = _FLOAT * self._num_tokens * self._config.hidden_size * self._streams
-        return self._base + hidden + max(map(self._fast_block, self._layers()))
+        blocks = [self._fast_block(layer, num_workers) for layer in self._layers()]
+        return self._base + hidden + max(blocks)
 
     def lean(self) -> int:
         """Weights and hidden states on disk, one batch of activations."""
@@ -157,12 +167,13 @@ class _Estimate:
         shapes = self._config.linear_shapes(layer).values()
         return _FLOAT * sum(rows * columns for rows, columns in shapes)
 
-    def _fast_block(self, layer: int) -> int:
+    def _fast_block(self, layer: int, num_workers: int) -> int:
         weights = self._weights(layer) * self._streams
         widths = [columns for _, columns in self._config.linear_shapes(layer).values()]
         waiting = _FLOAT * self._num_tokens * self._streams
         waiting *= max(widths) + self._config.hidden_size
-        return weights + waiting + self._forward(layer) + max(self._groups(layer))
+        others = (num_workers - 1) * (self._forward(layer) + max(self._groups(layer)))
+        return weights + waiting + self._forward(layer) + max(self._groups(layer)) + others
 
     def _lean_block(self, layer: int) -> int:
         reading = self._weights(layer)
@@ -195,7 +206,7 @@ class _Estimate:
         cross = _DOUBLE * columns * min(columns, outputs) if self._streams == 2 else 0
         sums = self._halves * (_DOUBLE * square + cross)
         if columns < BLOCKED_FROM:
-            factor = _FLOAT * square + 4 * _DOUBLE * square
+            factor = self._dampings * (_FLOAT + _DOUBLE) * square + 3 * _DOUBLE * square
         else:
             factor = _FLOAT * square + (_DOUBLE * square if self._halves == 2 else 0)
         correcting = _DOUBLE * columns * largest if self._streams == 2 and columns <= outputs else 0

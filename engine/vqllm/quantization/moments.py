@@ -5,7 +5,8 @@ Knows rows and weights, no model and no method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from vqllm.quantization.correction import CrossMoment
 from vqllm.quantization.hessian import Hessian
 from vqllm.quantization.walks import TapPair
+from vqllm.quantization.workers import Workers
 
 HOLD_OUT_EVERY = 8
 
@@ -37,6 +39,8 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         """Count the rows of `other` as well."""
+        if not other.hessian.num_rows:
+            return
         self.hessian.merge(other.hessian)
         if self.cross is not None and other.cross is not None:
             self.cross.merge(other.cross)
@@ -60,11 +64,28 @@ class MomentSums:
         self, weights: Mapping[str, Tensor], num_windows: int, correct: bool, hold_out: bool
     ) -> None:
         """`weights` (out, in) float32 by part, in full precision."""
+        self._empty = partial(MomentSums, weights, num_windows, correct, hold_out)
         self._windows = torch.arange(num_windows) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         if num_windows < HOLD_OUT_EVERY:
             self._windows[-1] = True
         self.training = Moments(weights, correct)
         self.held_out = Moments(weights, correct) if hold_out else None
+
+    def add_all(self, batches: Iterable[TapPair], workers: Workers) -> None:
+        """Count batches, several at a time; the sums are those of `add` one after the other."""
+        if workers.count == 1:
+            for taps in batches:
+                self.add(taps)
+            return
+        for part in workers.map(self._counted, batches):
+            self.training.merge(part.training)
+            if self.held_out is not None and part.held_out is not None:
+                self.held_out.merge(part.held_out)
+
+    def _counted(self, taps: TapPair) -> MomentSums:
+        sums = self._empty()
+        sums.add(taps)
+        return sums
 
     def add(self, taps: TapPair) -> None:
         """Count one batch."""
@@ -78,6 +99,11 @@ class MomentSums:
             elif chosen.any():
                 reference = None if taps.reference is None else taps.reference[chosen]
                 sums.add(taps.inputs[chosen], reference)
+
+    @property
+    def num_columns(self) -> int:
+        """Inputs of the group."""
+        return len(self.training.hessian.total)
 
     @property
     def num_rows(self) -> int:

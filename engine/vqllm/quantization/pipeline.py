@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from vqllm.quantization.moments import MomentSums
 from vqllm.quantization.parts import PartStore, QuantizedPart
 from vqllm.quantization.recipe import Recipe
 from vqllm.quantization.walks import Group, ReplayWalk, Streams, WaitingWalk
+from vqllm.quantization.workers import Workers, one_thread_each
 from vqllm.sources import WeightSource
 
 
@@ -38,6 +40,7 @@ class Surroundings:
 
     Attributes:
         mapper: runs the linears of a group.
+        workers: share out all the rest: windows, moments, factors.
         store: keeps finished linears; those that it has already are not quantized again.
         memory: what stays in memory, and how much that may be.
         spill: folder for what does not.
@@ -45,6 +48,7 @@ class Surroundings:
     """
 
     mapper: Mapper = field(default_factory=LocalMapper)
+    workers: Workers = field(default_factory=Workers)
     store: PartStore | None = None
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     spill: Path | None = None
@@ -75,9 +79,13 @@ def quantize_model(
         DiskFull, CorruptArtefact: from the store.
     """
     check_recipe(source, windows, recipe)
-    parts = _quantize_blocks(source, windows, recipe, surroundings or Surroundings())
+    surroundings = surroundings or Surroundings()
+    # A lean run has no room for several pieces of work: there torch shares out every product.
+    threading = nullcontext if surroundings.memory.is_lean else one_thread_each
+    parts = _quantize_blocks(source, windows, recipe, surroundings)
     while True:
-        with torch.no_grad():  # around each step: a suspended generator would leak the mode
+        # Around each step: a suspended generator would leak the modes.
+        with torch.no_grad(), threading():
             part = next(parts, None)
         if part is None:
             return
@@ -137,12 +145,15 @@ class _BlockRun:
         self._layer, self._recipe, self._surroundings = layer, recipe, surroundings
         self._original = block
         self._block = block.fork() if recipe.alpha > 0 else block
-        self._quantizer = GroupQuantizer(recipe.alpha, recipe.dampings, surroundings.mapper)
+        self._quantizer = GroupQuantizer(
+            recipe.alpha, recipe.dampings, surroundings.mapper, surroundings.workers
+        )
 
     def run(self, streams: Streams) -> Iterator[QuantizedPart]:
         """Quantize the block; `streams` move on to its output."""
         walk = ReplayWalk if self._surroundings.memory.is_lean else WaitingWalk
-        for group in walk(self._block, self._original, streams).groups():
+        workers = self._surroundings.workers
+        for group in walk(self._block, self._original, streams, workers).groups():
             for finished in self._finish(group):
                 self._block.linears[finished.name.split(".", 3)[3]] = torch.from_numpy(
                     finished.linear.dequantize()
@@ -178,28 +189,34 @@ class _BlockRun:
             for part in parts
         }
         try:
-            return self._quantizer.run(tasks, self._count(tasks, group))
+            return self._quantizer.run(tasks, self._count(group))
         except (CalibrationError, UnsupportedModel) as error:
             raise type(error)(f"{part_name(self._layer, parts[0])}: {error}") from error
 
-    def _count(self, tasks: dict[str, LinearTask], group: Group) -> MomentSums:
+    def _count(self, group: Group) -> MomentSums:
         """Moments over every batch.
 
         Routed experts that see fewer tokens than they have inputs are calibrated on all tokens.
         """
-        sums, is_routed = self._empty_sums(tasks, group), False
-        for taps in group.taps():
-            sums.add(taps)
-            is_routed = is_routed or taps.every_token is not None
-        num_columns = next(iter(tasks.values())).weight.shape[1]
-        if not is_routed or sums.num_rows >= num_columns:
+        workers = self._surroundings.workers
+        sums = self._empty_sums(group)
+        sums.add_all(group.taps(), workers)
+        if sums.num_rows >= sums.num_columns or not _is_routed(group):
             return sums
-        sums = self._empty_sums(tasks, group)
-        for taps in group.taps():
-            sums.add(taps.with_every_token())
+        sums = self._empty_sums(group)
+        sums.add_all((taps.with_every_token() for taps in group.taps()), workers)
         return sums
 
-    def _empty_sums(self, tasks: dict[str, LinearTask], group: Group) -> MomentSums:
-        weights = {part: task.weight for part, task in tasks.items()}
+    def _empty_sums(self, group: Group) -> MomentSums:
+        """Of all linears, also of those that a run before this one finished.
+
+        What a sum is rounded to depends on which linears share it.
+        """
+        weights = {part: self._original.linears[part] for part in group.parts}
         recipe = self._recipe
         return MomentSums(weights, group.num_windows, recipe.alpha > 0, len(recipe.dampings) > 1)
+
+
+def _is_routed(group: Group) -> bool:
+    """All batches of a group are alike in this."""
+    return next(iter(group.taps())).every_token is not None

@@ -21,10 +21,12 @@ from torch import Tensor
 from vqllm.decoder.config import DecoderConfig
 from vqllm.decoder.weights import BlockWeights
 from vqllm.outlier.transform import ModelTransform
+from vqllm.quantization.mappers import LocalMapper
 from vqllm.quantization.memory import peak_bytes, plan_memory, reset_peak
 from vqllm.quantization.parts import QuantizedPart
 from vqllm.quantization.pipeline import Surroundings, quantize_model
 from vqllm.quantization.recipe import Recipe
+from vqllm.quantization.workers import Workers
 from vqllm.sources import Tensors
 
 
@@ -96,12 +98,14 @@ def rehearse(
     windows_shape: tuple[int, int],
     max_memory: int | None,
     report: Callable[[QuantizedPart], None],
+    workers: Workers | None = None,
 ) -> Rehearsal:
     """Quantize the first block of `config` with random weights.
 
     Args:
         windows_shape: calibration windows and tokens per window.
         max_memory: bytes that must not be exceeded, or None.
+        workers: share the work where they fit into the memory.
 
     Raises:
         OverBudget: the limit cannot be kept, or was not.
@@ -109,13 +113,15 @@ def rehearse(
     """
     config = replace(config, num_layers=1)
     reset_peak()
-    plan = plan_memory(config, windows_shape, recipe, max_memory)
+    workers = workers or Workers()
+    plan = plan_memory(config, windows_shape, recipe, max_memory, workers.count)
+    workers = workers if plan.num_workers > 1 else Workers()
     windows: NDArray[np.int64] = np.random.default_rng(0).integers(
         0, config.vocab_size, windows_shape
     )
     errors, start = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        surroundings = Surroundings(memory=plan, spill=Path(folder))
+        surroundings = Surroundings(LocalMapper(workers), workers, None, plan, Path(folder))
         for part in quantize_model(RandomSource(config), windows, recipe, surroundings):
             report(part)
             errors.append(part.relative_error)

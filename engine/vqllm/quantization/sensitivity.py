@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import CalibrationError, InvalidConfig
 from vqllm.output_head import OutputHead
 from vqllm.quantization.hessian import Hessian, HessianFactor, factorize
+from vqllm.quantization.products import multiply, multiply_rows
+from vqllm.quantization.workers import Workers, one_thread_each
 from vqllm.sources import WeightSource
 
 BATCH_WINDOWS = 2
@@ -64,73 +67,107 @@ class SensitivityConfig:
 
 
 def sensitivities(
-    source: WeightSource, windows: Windows, config: SensitivityConfig | None = None
+    source: WeightSource,
+    windows: Windows,
+    config: SensitivityConfig | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, float]:
     """KL (nats per token) per unit of distortion of every linear, by full name.
 
     Args:
         windows: tokens (num_windows, window_length).
+        workers: share out the windows; the numbers do not depend on how many there are.
 
     Raises:
         CalibrationError: a gradient is not finite; names the linear.
     """
-    config = config or SensitivityConfig()
-    token_ids = torch.from_numpy(windows[: config.num_windows])
-    rotary = RotaryTable.build(source.config, token_ids.shape[1])
-    entries, hidden = _forward(source, token_ids, rotary, config.dtype)
-    gradient = _output_gradients(OutputHead.of(source, config.dtype), hidden, config.seed)
-    found: dict[str, float] = {}
-    for layer in reversed(range(source.config.num_layers)):
-        weights = _cast(source.block(layer), config.dtype)
-        watch = _Watch(weights)
-        for window in range(len(token_ids)):
-            states = entries[layer][window : window + 1].requires_grad_()
+    config, workers = config or SensitivityConfig(), workers or Workers()
+    with one_thread_each():
+        return _Measurement(source, windows[: config.num_windows], config, workers).run()
+
+
+class _Measurement:
+    """One pass forwards and one backwards through the blocks."""
+
+    def __init__(
+        self, source: WeightSource, windows: Windows, config: SensitivityConfig, workers: Workers
+    ) -> None:
+        self._source, self._config, self._workers = source, config, workers
+        self._tokens = torch.from_numpy(windows)
+        self._rotary = RotaryTable.build(source.config, windows.shape[1])
+
+    def run(self) -> dict[str, float]:
+        """KL per unit of distortion by full name."""
+        entries, hidden = self._forward()
+        gradient = self._output_gradients(hidden)
+        found: dict[str, float] = {}
+        for layer in reversed(range(self._source.config.num_layers)):
+            watch = self._watch(layer, entries.pop(), gradient)
+            for part, value in watch.sensitivities(self._config.damping, self._workers).items():
+                found[f"model.layers.{layer}.{part}"] = value
+        return {name: found[name] for name in self._source.linear_names()}
+
+    def _block(self, layer: int) -> BlockWeights:
+        weights = self._source.block(layer)
+        weights.to("cpu", self._config.dtype)
+        return weights
+
+    def _forward(self) -> tuple[list[Tensor], Tensor]:
+        """What enters every block, and what leaves the last one, (windows, t, d) float32."""
+        with torch.no_grad():
+            hidden, entries = self._source.embed(self._tokens).clone(), []
+            for layer in range(self._source.config.num_layers):
+                entries.append(hidden.clone())
+                weights = self._block(layer)
+
+                def advance(row: Tensor, weights: BlockWeights = weights) -> None:
+                    row.copy_(forward_block(row, weights, self._source.config, self._rotary))
+
+                self._workers.run(advance, torch.split(hidden, BATCH_WINDOWS))
+        return entries, hidden
+
+    def _output_gradients(self, hidden: Tensor) -> Tensor:
+        """Gradient of the summed loss of sampled labels by the last hidden states."""
+        head = OutputHead.of(self._source, self._config.dtype)
+        generator = torch.Generator().manual_seed(self._config.seed)
+        points = [torch.rand(hidden.shape[1], 1, generator=generator) for _ in hidden]
+        work = zip(hidden, points, strict=True)
+        found = self._workers.map(lambda pair: _output_gradient(head, *pair), work)
+        return torch.stack(list(found))
+
+    def _watch(self, layer: int, entries: Tensor, gradient: Tensor) -> _Watch:
+        """Go backwards through a block: `gradient` becomes that by its input."""
+        weights = self._block(layer)
+
+        def back(window: int) -> _Watch:
+            watch = _Watch(weights)
+            states = entries[window : window + 1].requires_grad_()
             with torch.enable_grad():
-                output = watch.run(states, source, rotary)
+                output = watch.run(states, self._source, self._rotary)
             (passed,) = torch.autograd.grad(output, states, gradient[window : window + 1])
             gradient[window] = passed[0]
-        for part, value in watch.sensitivities(layer, config.damping).items():
-            found[f"model.layers.{layer}.{part}"] = value
-    return {name: found[name] for name in source.linear_names()}
+            return watch
+
+        total = _Watch(weights)
+        for watch in self._workers.map(back, range(len(entries))):
+            total.merge(watch)
+        return total
 
 
-def _cast(weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
-    weights.to("cpu", dtype)
-    return weights
+def _output_gradient(head: OutputHead, hidden: Tensor, points: Tensor) -> Tensor:
+    """The gradient (t, d) for one window, labels drawn by `points` (t, 1) in [0, 1)."""
+    states = hidden.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = head.project(head.normed(states))
+        loss = F.cross_entropy(logits, _draw(logits.detach(), points), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, states)
+    return gradient
 
 
-def _forward(
-    source: WeightSource, token_ids: Tensor, rotary: RotaryTable, dtype: torch.dtype
-) -> tuple[list[Tensor], Tensor]:
-    """What enters every block, and what leaves the last one, (windows, t, d) float32."""
-    with torch.no_grad():
-        hidden, entries = source.embed(token_ids).clone(), []
-        for layer in range(source.config.num_layers):
-            entries.append(hidden.clone())
-            weights = _cast(source.block(layer), dtype)
-            for row in torch.split(hidden, BATCH_WINDOWS):
-                row.copy_(forward_block(row, weights, source.config, rotary))
-    return entries, hidden
-
-
-def _output_gradients(head: OutputHead, hidden: Tensor, seed: int) -> Tensor:
-    """Gradient of the summed loss of sampled labels by the last hidden states."""
-    generator = torch.Generator().manual_seed(seed)
-    gradients = torch.empty_like(hidden)
-    for index, window in enumerate(hidden):
-        states = window.clone().requires_grad_()
-        with torch.enable_grad():
-            logits = head.project(head.normed(states))
-            labels = _draw(logits.detach(), generator)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-        (gradients[index],) = torch.autograd.grad(loss, states)
-    return gradients
-
-
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(logits: Tensor, points: Tensor) -> Tensor:
     """One label per row of (t, vocab)."""
     sums = logits.softmax(-1).cumsum(-1)
-    points = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+    points = points * sums[:, -1:]
     return torch.searchsorted(sums, points).clamp(max=sums.shape[1] - 1)[:, 0]
 
 
@@ -155,22 +192,33 @@ class _Watch:
                 output: Tensor = stop.value
                 return output
             inputs = tap.inputs.detach().float()
-            self._hessians.setdefault(tap.parts, Hessian(inputs.shape[-1])).add(inputs)
+            with torch.no_grad():
+                self._hessians.setdefault(tap.parts, Hessian(inputs.shape[-1])).add(inputs)
 
-    def sensitivities(self, layer: int, damping: float) -> dict[str, float]:
+    def merge(self, other: _Watch) -> None:
+        """Count the windows of `other` as well."""
+        for parts, hessian in other._hessians.items():
+            self._hessians.setdefault(parts, Hessian(len(hessian.total))).merge(hessian)
+        for part, gradients in other._taken.items():
+            self._taken[part].by_window += gradients.by_window
+        self._num_tokens += other._num_tokens
+
+    def sensitivities(self, damping: float, workers: Workers) -> dict[str, float]:
         """KL per token and unit of distortion of every linear of the block."""
-        found = {}
-        for parts, hessian in self._hessians.items():
-            factor = factorize(hessian.value, damping)
-            for part in parts:
-                variances = self.weights.linears[part].float().square().mean(1)
-                total = self._taken[part].shaped(factor, variances)
-                found[part] = 0.5 * total / self._num_tokens
-                if not math.isfinite(found[part]):
-                    raise CalibrationError(
-                        f"model.layers.{layer}.{part}: its gradient is not finite; the "
-                        "calibration text drives the model out of range"
-                    )
+        values = [hessian.value for hessian in self._hessians.values()]
+        factors = list(workers.map(partial(factorize, damping=damping), values))
+        groups = zip(self._hessians, factors, strict=True)
+        work = [(part, factor) for parts, factor in groups for part in parts]
+        return dict(workers.map(lambda pair: (pair[0], self._of(*pair)), work))
+
+    def _of(self, part: str, factor: HessianFactor) -> float:
+        variances = self.weights.linears[part].float().square().mean(1)
+        found = 0.5 * self._taken[part].shaped(factor, variances) / self._num_tokens
+        if not math.isfinite(found):
+            raise CalibrationError(
+                f"model.layers.{self.weights.layer}.{part}: its gradient is not finite; the "
+                "calibration text drives the model out of range"
+            )
         return found
 
 
@@ -183,12 +231,15 @@ class _Gradients:
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
         """Count one window by what its linear read, (..., in), and its outputs' gradient."""
         rows, slopes = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
-        self.by_window.append(slopes.T @ rows)
+        with torch.no_grad():
+            self.by_window.append(multiply_rows(slopes, rows))
 
     def shaped(self, factor: HessianFactor, variances: Tensor) -> float:
         """Sum over windows of sum_rows s^2 |G U' diag(1 / u)|^2."""
-        scaled = (factor.upper / factor.upper.diagonal()[:, None]).T
-        norms = [(g[:, factor.order] @ scaled).square().sum(1) for g in self.by_window]
+        scaled = factor.upper / factor.upper.diagonal()[:, None]
+        with torch.no_grad():
+            shaped = (multiply(g[:, factor.order], scaled) for g in self.by_window)
+            norms = [rows.square().sum(1) for rows in shaped]
         return float(sum((norm * variances).sum(dtype=torch.float64) for norm in norms))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from vqllm.decoder.trace import Tap, Trace, finish
 from vqllm.quantization.blocks import Block
 from vqllm.quantization.spill import SpilledTensor
+from vqllm.quantization.workers import Workers
 from vqllm.sources import WeightSource
 
 BATCH_TOKENS = 2048
@@ -127,9 +128,12 @@ class Group:
 class Walk(ABC):
     """The way of all batches through one block."""
 
-    def __init__(self, block: Block, original: Block, streams: Streams) -> None:
+    def __init__(
+        self, block: Block, original: Block, streams: Streams, workers: Workers | None = None
+    ) -> None:
         """`original` keeps its weights while those of `block` are replaced."""
         self._block, self._original, self._streams = block, original, streams
+        self._workers = workers or Workers()
 
     @abstractmethod
     def groups(self) -> Iterator[Group]:
@@ -143,11 +147,10 @@ class WaitingWalk(Walk):
         streams = self._streams
         pairs = [_Pair(self._block, self._original, streams, rows) for rows in streams.batches]
         for parts in self._block.groups:
-            taps = [pair.advance() for pair in pairs]
+            taps = list(self._workers.map(_Pair.advance, pairs))
             yield Group(parts, partial(iter, taps), streams.num_windows)
             del taps
-        for pair in pairs:
-            pair.finish()
+        self._workers.run(_Pair.finish, pairs)
 
 
 class ReplayWalk(Walk):

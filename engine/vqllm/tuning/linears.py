@@ -248,6 +248,11 @@ class TunableLinear:
         rows = [] if self._rows is None else [self._rows]
         return [*rows, *self._outer.values(), *self._core.tunables.values()]
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The core, if gradients are taken by it."""
+        return [self._matrix] if self._matrix.requires_grad else []
+
     def to(self, device: torch.device | str) -> None:
         """Move everything to a device."""
         self._core.to(device)

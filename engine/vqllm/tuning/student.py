@@ -7,7 +7,7 @@ replaced. Knows no optimizer and no file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import UnsupportedModel
 from vqllm.output_head import OutputHead
 from vqllm.quantization.base import QuantizedLinear
+from vqllm.quantization.workers import Workers
 from vqllm.sources import WeightSource
 from vqllm.tuning.linears import Tunable, TunableLinear
 
@@ -54,7 +55,12 @@ class Student:
     """The model of `source` with the linears of `linears` in place of its own."""
 
     def __init__(
-        self, source: WeightSource, linears: Linears, head: OutputHead, recompute: bool
+        self,
+        source: WeightSource,
+        linears: Linears,
+        head: OutputHead,
+        recompute: bool,
+        workers: Workers | None = None,
     ) -> None:
         """`recompute` keeps what enters a block only and computes the rest again going back.
 
@@ -64,6 +70,7 @@ class Student:
             UnsupportedModel: a linear is of a kind that tuning does not know.
         """
         self._source, self._head, self._recompute = source, head, recompute
+        self._workers = workers or Workers()
         self._device, self._dtype = head.table.device, head.table.dtype
         self.norms: dict[str, Tunable] = {FINAL_NORM: Tunable(head.norm.cpu().numpy())}
         self.norms[FINAL_NORM].to(self._device)
@@ -76,7 +83,7 @@ class Student:
             weights = self._source.block(layer)
             tunable = {
                 part: TunableLinear(linears[f"{prefix}.{part}"], self._dtype)
-                for part in weights.linears
+                for part in self._source.config.linear_shapes(layer)
                 if f"{prefix}.{part}" in linears
             }
             kept = {part: w for part, w in weights.linears.items() if part not in tunable}
@@ -107,32 +114,43 @@ class Student:
         config = self._source.config
         rotary = RotaryTable.build(config, token_ids.shape[1], self._device)
         hidden = self._source.embed(token_ids).to(self._device)
-        for layer, block in enumerate(self._blocks):
-            self._refresh_norms(layer, block)
+        for layer in range(len(self._blocks)):
+            block = self._with_norms(layer)
             if self._recompute and torch.is_grad_enabled():
                 hidden = checkpoint(
-                    forward_block, hidden, block, config, rotary, use_reentrant=False
+                    forward_block,
+                    hidden,
+                    block,
+                    config,
+                    rotary,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # there is nothing random in a block
                 )
             else:
                 hidden = forward_block(hidden, block, config, rotary)
         return hidden
 
-    def _refresh_norms(self, layer: int, block: StudentBlock) -> None:
+    def _with_norms(self, layer: int) -> StudentBlock:
+        """The block with its norms as they are now; each call has gradients of its own."""
         prefix = f"model.layers.{layer}"
-        block.input_norm = self.norms[f"{prefix}.{BLOCK_NORMS[0]}.weight"].value
-        block.post_attention_norm = self.norms[f"{prefix}.{BLOCK_NORMS[1]}.weight"].value
+        first, second = (self.norms[f"{prefix}.{name}.weight"].value for name in BLOCK_NORMS)
+        return replace(self._blocks[layer], input_norm=first, post_attention_norm=second)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients are taken by, between `begin` and `finish`."""
+        cores = [m for linear in self.linears.values() for m in linear.matrices]
+        return [*(tunable.change for tunable in self.tunables), *cores]
 
     def begin(self) -> None:
         """Start a step: bring the linears up to date with their parameters."""
         with torch.no_grad():
-            for linear in self.linears.values():
-                linear.begin()
+            self._workers.run(TunableLinear.begin, self.linears.values())
 
     def finish(self) -> None:
         """Gather the gradients of a step at the parameters."""
         with torch.no_grad():
-            for linear in self.linears.values():
-                linear.finish()
+            self._workers.run(TunableLinear.finish, self.linears.values())
 
     def tuned_linears(self) -> dict[str, QuantizedLinear]:
         """Every linear with its parameters as they are now, in the stored precision."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +21,17 @@ from torch import Tensor
 from vqllm.calibration import Windows
 from vqllm.decoder.block import forward_block
 from vqllm.decoder.rope import RotaryTable
+from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import CalibrationError, InvalidConfig
 from vqllm.output_head import OutputHead
 from vqllm.quantization.base import QuantizedLinear
+from vqllm.quantization.workers import Workers, one_thread_each
 from vqllm.sources import WeightSource
 from vqllm.tuning.loss import divergence
 from vqllm.tuning.student import Linears, Student, check_tunable
 
 Norms = dict[str, NDArray[np.float32]]
+Block = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def tune(
     windows: Windows,
     config: TuningConfig,
     report: Report = _ignore,
+    workers: Workers | None = None,
 ) -> TuningResult:
     """Bring the model with the quantized `linears` closer to `source`.
 
@@ -132,6 +138,7 @@ def tune(
         source: the model in full precision, transformed as it was for quantization.
         linears: by full name; those left out stay in full precision.
         windows: tokens (num_windows, window_length), none of them used for a test.
+        workers: share out the windows; the result does not depend on how many there are.
 
     Raises:
         CalibrationError: there are too few windows.
@@ -139,19 +146,36 @@ def tune(
     """
     check_tunable(linears, source)
     _check_windows(windows, config)
+    with one_thread_each():
+        return _tune(source, linears, windows, config, report, workers or Workers())
+
+
+def _tune(
+    source: WeightSource,
+    linears: Linears,
+    windows: Windows,
+    config: TuningConfig,
+    report: Report,
+    workers: Workers,
+) -> TuningResult:
     kept_back = np.arange(config.validation_windows) * len(windows) // config.validation_windows
     order = _order(np.setdiff1d(np.arange(len(windows)), kept_back), config)
     head = OutputHead.of(source, config.dtype, config.device)
     chosen = np.concatenate([kept_back, np.unique(order)])
-    targets = _Targets(source, head, windows, chosen)
-    student = Student(source, linears, head, config.recompute)
-    run = _Run(student, head, targets, kept_back, config)
-    before = run.validate()
+    frames = _Frames(source, linears)
+    judge = _Judge(head, _Targets(frames, head, windows, chosen, workers), config.dtype, workers)
+    student = Student(frames, linears, head, config.recompute, workers)
+    run = _Run(student, judge, config, workers)
+    before = judge.validate(student, kept_back)
     for step in range(config.steps):
         rows = order[step * config.batch_windows : (step + 1) * config.batch_windows]
         report(TuningStep(step + 1, run.step(step, rows)))
     tuned, norms = student.tuned_linears(), student.tuned_norms()
-    after = run.validate_reloaded(source, tuned, norms)
+    del student, run  # the one of the stored values takes as much memory
+    reloaded = Student(frames, tuned, head, False, workers)
+    for name, norm in reloaded.norms.items():
+        norm.start_at(norms[name])
+    after = judge.validate(reloaded, kept_back)
     if not after < before:
         return TuningResult(dict(linears), {}, before, before, accepted=False)
     return TuningResult(tuned, norms, before, after, accepted=True)
@@ -178,6 +202,26 @@ def _mixed(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+class _Frames:
+    """A source that is read once: afterwards its blocks come without the linears to be tuned."""
+
+    def __init__(self, source: WeightSource, linears: Linears) -> None:
+        self._source, self._linears = source, linears
+        self._frames: dict[int, BlockWeights] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def block(self, layer: int) -> BlockWeights:
+        """The block with all its linears the first time, then without those to be tuned."""
+        if layer in self._frames:
+            return replace(self._frames[layer])
+        weights, prefix = self._source.block(layer), f"model.layers.{layer}."
+        kept = {p: w for p, w in weights.linears.items() if prefix + p not in self._linears}
+        self._frames[layer] = replace(weights, linears=kept)
+        return weights
+
+
 class _Targets:
     """What the teacher's output projection reads, computed once, block by block."""
 
@@ -187,21 +231,29 @@ class _Targets:
         head: OutputHead,
         windows: Windows,
         chosen: NDArray[np.int64],
+        workers: Workers,
     ) -> None:
         """`chosen` are the indices of the windows that will be asked for."""
         self._place = {int(index): place for place, index in enumerate(chosen)}
         self._tokens = torch.from_numpy(windows[chosen])
         device, dtype = head.table.device, head.table.dtype
         rotary = RotaryTable.build(source.config, windows.shape[1], device)
-        with torch.no_grad(), _mixed(device, dtype):
+
+        def advance(row: Tensor, block: Block) -> None:
+            with _mixed(device, dtype):  # a setting of every thread for itself
+                row.copy_(block(row.to(device)))
+
+        with torch.no_grad():
             self._normed = source.embed(self._tokens).clone()
+            rows = torch.split(self._normed, 2)
             for layer in range(source.config.num_layers):
                 weights = source.block(layer)
                 weights.to(device, dtype)
-                for row in torch.split(self._normed, 2):
-                    row.copy_(forward_block(row.to(device), weights, source.config, rotary))
-            for row in torch.split(self._normed, 2):
-                row.copy_(head.normed(row.to(device)))
+                forward = partial(
+                    forward_block, weights=weights, config=source.config, rotary=rotary
+                )
+                workers.run(partial(advance, block=forward), rows)
+            workers.run(partial(advance, block=head.normed), rows)
 
     def tokens(self, index: int) -> Tensor:
         """Tokens (t,) of a window."""
@@ -212,20 +264,38 @@ class _Targets:
         return self._normed[self._place[index]]
 
 
+class _Judge:
+    """Tells how far a student is from the teacher."""
+
+    def __init__(
+        self, head: OutputHead, targets: _Targets, dtype: torch.dtype, workers: Workers
+    ) -> None:
+        self._head, self._targets, self._dtype, self._workers = head, targets, dtype, workers
+
+    def divergence(self, student: Student, rows: NDArray[np.int64]) -> Tensor:
+        """Mean KL per token of some windows."""
+        tokens = torch.stack([self._targets.tokens(int(row)) for row in rows])
+        teacher = torch.cat([self._targets.normed(int(row)) for row in rows])
+        with _mixed(self._head.table.device, self._dtype):
+            hidden = student.hidden(tokens).flatten(0, 1)
+        teacher = teacher.to(hidden.device)
+        return divergence(self._head, teacher, hidden, student.final_norm) / len(hidden)
+
+    def validate(self, student: Student, rows: NDArray[np.int64]) -> float:
+        """KL per token of some windows, one by one and without gradients."""
+        student.begin()
+        with torch.no_grad():
+            found = self._workers.map(partial(self.divergence, student), rows[:, None])
+            return sum(map(float, found)) / len(rows)
+
+
 class _Run:
     """A student on its way."""
 
     def __init__(
-        self,
-        student: Student,
-        head: OutputHead,
-        targets: _Targets,
-        kept_back: NDArray[np.int64],
-        config: TuningConfig,
+        self, student: Student, judge: _Judge, config: TuningConfig, workers: Workers
     ) -> None:
-        """`kept_back` are the indices of the windows to judge by."""
-        self._student, self._head, self._targets = student, head, targets
-        self._kept_back = kept_back
+        self._student, self._judge, self._workers = student, judge, workers
         self._config = config
         self._changes = [tunable.change for tunable in student.tunables]
         self._optimizer = torch.optim.AdamW(
@@ -236,12 +306,7 @@ class _Run:
         """One step on the given windows; returns their KL per token before it."""
         self._optimizer.zero_grad()
         self._student.begin()
-        total = 0.0
-        for start in range(0, len(rows), self._config.micro_windows):
-            part = rows[start : start + self._config.micro_windows]
-            loss = self._divergence(self._student, part) * (len(part) / len(rows))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        total = self._collect(rows)
         self._student.finish()
         torch.nn.utils.clip_grad_norm_(self._changes, self._config.max_norm)
         for group in self._optimizer.param_groups:
@@ -252,28 +317,25 @@ class _Run:
                 change.clamp_(-self._config.bound, self._config.bound)
         return total
 
-    def _divergence(self, student: Student, rows: NDArray[np.int64]) -> Tensor:
-        """Mean KL per token of some windows."""
-        tokens = torch.stack([self._targets.tokens(int(row)) for row in rows])
-        teacher = torch.cat([self._targets.normed(int(row)) for row in rows])
-        with _mixed(self._head.table.device, self._config.dtype):
-            hidden = student.hidden(tokens).flatten(0, 1)
-        teacher = teacher.to(hidden.device)
-        return divergence(self._head, teacher, hidden, student.final_norm) / len(hidden)
+    def _collect(self, rows: NDArray[np.int64]) -> float:
+        """Sum the gradients of some windows, in their order; returns their KL per token."""
+        size = self._config.micro_windows
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        leaves, total = self._student.leaves, 0.0
+        work = partial(self._gradients, leaves=leaves, num_windows=len(rows))
+        for loss, gradients in self._workers.map(work, parts):
+            total += loss
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+        return total
 
-    def validate(self, student: Student | None = None) -> float:
-        """KL per token on the windows kept back."""
-        student = student or self._student
-        student.begin()
-        with torch.no_grad():
-            rows = self._kept_back[:, None]
-            return sum(float(self._divergence(student, row)) for row in rows) / len(rows)
+    def _gradients(
+        self, rows: NDArray[np.int64], leaves: list[Tensor], num_windows: int
+    ) -> tuple[float, tuple[Tensor | None, ...]]:
+        """The part of some windows in the mean KL of a step, and its gradients.
 
-    def validate_reloaded(
-        self, source: WeightSource, linears: dict[str, QuantizedLinear], norms: Norms
-    ) -> float:
-        """KL per token of a student made anew from what would be stored."""
-        student = Student(source, linears, self._head, recompute=False)
-        for name, norm in student.norms.items():
-            norm.start_at(norms[name])
-        return self.validate(student)
+        None for parameters inside of a core: `finish` gives them theirs.
+        """
+        loss = self._judge.divergence(self._student, rows) * (len(rows) / num_windows)
+        return float(loss.detach()), torch.autograd.grad(loss, leaves, allow_unused=True)
