@@ -63,9 +63,10 @@ def test_packed_networks_give_what_the_model_gives(
 
 
 def test_packed_networks_in_bfloat16_stay_near(model: ScqAutoencoder) -> None:
-    plain, packed = ModelNetworks(model), PackedNetworks(model, torch.bfloat16)
+    plain, packed = ModelNetworks(model), PackedNetworks(model, torch.bfloat16, torch.bfloat16)
     latents = plain.latents(picture(32, 48))
     assert packed.latents(picture(32, 48)).dtype == torch.float32
+    torch.testing.assert_close(packed.latents(picture(32, 48)), latents, rtol=0.1, atol=0.1)
     difference = np.abs(packed.pixels(latents).astype(int) - plain.pixels(latents))
     assert difference.max() <= 4
 
@@ -74,6 +75,11 @@ def test_models_that_cannot_be_packed_run_as_they_are(
     model: ScqAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(make_networks(model), PackedNetworks)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    float_only = make_networks(model)
+    latents = float_only.latents(picture(32, 48))
+    expected = PackedNetworks(model).pixels(latents)
+    np.testing.assert_array_equal(float_only.pixels(latents), expected)
     assert not can_pack(model_of(SHAPES[0] | {"encoder_backbone": "mobile"}))
     assert not can_pack(model_of(SHAPES[0]).double())
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
