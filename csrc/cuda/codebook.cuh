@@ -51,11 +51,12 @@ VQ_INLINE void stage_copies(const CodebookMatrix &m, __half *shared) {
   __syncthreads();
 }
 
-// The leading entries of a large codebook, [num_hot][V].
-template <int V>
+// The leading entries of every stage of a large codebook, [stage][num_hot][V].
+template <int V, int STAGES>
 VQ_INLINE void stage_hot(const CodebookMatrix &m, __half *hot) {
-  for (int i = static_cast<int>(threadIdx.x); i < m.num_hot * V; i += kThreads) {
-    hot[i] = m.entries[i];
+  const int per_stage = m.num_hot * V;
+  for (int i = static_cast<int>(threadIdx.x); i < STAGES * per_stage; i += kThreads) {
+    hot[i] = m.entries[static_cast<long long>(i / per_stage) * m.num_entries * V + i % per_stage];
   }
   __syncthreads();
 }
@@ -96,13 +97,16 @@ struct SmallTable {
 
 template <int V>
 struct LargeTable {
-  const __half *hot;      // shared [num_hot][V]
-  const __half *entries;  // global
+  const __half *hot;      // shared [stages][num_hot][V]
+  const __half *entries;  // global [stages][num_entries][V]
   int num_hot;
+  int num_entries;
 
-  VQ_INLINE const void *find(int, int piece, unsigned index) const {
-    const __half *table = static_cast<int>(index) < num_hot ? hot : entries;
-    return table + static_cast<long long>(index) * V + piece * Piece<V>::kValues;
+  VQ_INLINE const void *find(int stage, int piece, unsigned index) const {
+    const bool is_hot = static_cast<int>(index) < num_hot;
+    const __half *table = is_hot ? hot : entries;
+    const long long row = static_cast<long long>(stage) * (is_hot ? num_hot : num_entries) + index;
+    return table + row * V + piece * Piece<V>::kValues;
   }
 };
 
@@ -191,12 +195,17 @@ VQ_INLINE void codebook_gemv(const CodebookMatrix &m, const __half *x, __half *y
   codebook_rows<V, STAGES, BATCH, false>(m, SmallTable<V>{shared, m.num_entries}, x, y);
 }
 
-template <int V, int BATCH>
+template <int V, int STAGES>
+VQ_INLINE LargeTable<V> stage_large(const CodebookMatrix &m, unsigned char *shared) {
+  __half *hot = reinterpret_cast<__half *>(shared);
+  stage_hot<V, STAGES>(m, hot);
+  return LargeTable<V>{hot, m.entries, m.num_hot, m.num_entries};
+}
+
+template <int V, int STAGES, int BATCH>
 VQ_INLINE void large_codebook_gemv(const CodebookMatrix &m, const __half *x, __half *y,
                                    unsigned char *shared) {
-  __half *hot = reinterpret_cast<__half *>(shared);
-  stage_hot<V>(m, hot);
-  codebook_rows<V, 1, BATCH, true>(m, LargeTable<V>{hot, m.entries, m.num_hot}, x, y);
+  codebook_rows<V, STAGES, BATCH, true>(m, stage_large<V, STAGES>(m, shared), x, y);
 }
 
 // Tiles of decoded weights (tile.cuh). Packed: per stage and row of vectors the indices of the
@@ -274,8 +283,8 @@ VQ_INLINE int align_table(int bytes) {
 
 template <int V, int STAGES>
 using SmallTiles = CodebookTiles<V, STAGES, false, SmallTable<V>>;
-template <int V>
-using LargeTiles = CodebookTiles<V, 1, true, LargeTable<V>>;
+template <int V, int STAGES>
+using LargeTiles = CodebookTiles<V, STAGES, true, LargeTable<V>>;
 
 // Stages the tables of a codebook at the beginning of `shared` and moves it behind them.
 template <int V, int STAGES>
@@ -287,12 +296,12 @@ VQ_INLINE SmallTiles<V, STAGES> small_tiles(const CodebookMatrix &m, int output,
   return SmallTiles<V, STAGES>{m, output, table};
 }
 
-template <int V>
-VQ_INLINE LargeTiles<V> large_tiles(const CodebookMatrix &m, int output, unsigned char *&shared) {
-  __half *hot = reinterpret_cast<__half *>(shared);
-  stage_hot<V>(m, hot);
-  shared += align_table(2 * m.num_hot * V);
-  return LargeTiles<V>{m, output, LargeTable<V>{hot, m.entries, m.num_hot}};
+template <int V, int STAGES>
+VQ_INLINE LargeTiles<V, STAGES> large_tiles(const CodebookMatrix &m, int output,
+                                            unsigned char *&shared) {
+  const LargeTable<V> table = stage_large<V, STAGES>(m, shared);
+  shared += align_table(2 * STAGES * m.num_hot * V);
+  return LargeTiles<V, STAGES>{m, output, table};
 }
 
 }  // namespace vq

@@ -2,7 +2,7 @@
 //   {format}_b{batch}       product with exactly `batch` rows of activations
 //   {format}_gemm{tile}     product with any number of rows, `tile` of them per block
 //   {format}_dequantize     weights in half precision
-// where {format} is vq_gptq{bits}, vq_codebook{V}x{stages}, vq_large{V} or vq_trellis{bits}.
+// where {format} is vq_gptq{bits}, vq_codebook{V}x{stages}, vq_large{V}x{stages} or vq_trellis{bits}.
 // All run 256 threads a block and may be captured in a CUDA graph: plain launches, no allocation.
 #include "codebook.cuh"
 #include "dequantize.cuh"
@@ -67,11 +67,12 @@
     vq::codebook_gemv<V, STAGES, BATCH>(matrix, x, y, shared);                            \
   }
 
-#define VQ_LARGE(V, BATCH)                                                               \
-  VQ_KERNEL vq_large##V##_b##BATCH(VQ_CODEBOOK_PARAMETERS, const __half *x, __half *y) { \
-    VQ_SHARED;                                                                           \
-    VQ_CODEBOOK_MATRIX;                                                                  \
-    vq::large_codebook_gemv<V, BATCH>(matrix, x, y, shared);                             \
+#define VQ_LARGE(V, STAGES, BATCH)                                                     \
+  VQ_KERNEL vq_large##V##x##STAGES##_b##BATCH(VQ_CODEBOOK_PARAMETERS, const __half *x, \
+                                              __half *y) {                             \
+    VQ_SHARED;                                                                         \
+    VQ_CODEBOOK_MATRIX;                                                                \
+    vq::large_codebook_gemv<V, STAGES, BATCH>(matrix, x, y, shared);                   \
   }
 
 #define VQ_TRELLIS(BITS, BATCH)                                                              \
@@ -104,10 +105,12 @@ VQ_CODEBOOK(8, 2, 1)
 VQ_CODEBOOK(8, 2, 2)
 VQ_CODEBOOK(8, 2, 4)
 
-VQ_LARGE(4, 1)
-VQ_LARGE(4, 2)
-VQ_LARGE(8, 1)
-VQ_LARGE(8, 2)
+VQ_LARGE(4, 1, 1)
+VQ_LARGE(4, 1, 2)
+VQ_LARGE(8, 1, 1)
+VQ_LARGE(8, 1, 2)
+VQ_LARGE(8, 2, 1)
+VQ_LARGE(8, 2, 2)
 
 VQ_TRELLIS(1, 1)
 VQ_TRELLIS(2, 1)
@@ -149,7 +152,8 @@ VQ_TRELLIS(4, 2)
 #define VQ_GPTQ_TILED(BITS) VQ_TILED(gptq##BITS, GPTQ, (vq::GptqTiles<BITS>{matrix, output}))
 #define VQ_CODEBOOK_TILED(V, STAGES) \
   VQ_TILED(codebook##V##x##STAGES, CODEBOOK, (vq::small_tiles<V, STAGES>(matrix, output, rest)))
-#define VQ_LARGE_TILED(V) VQ_TILED(large##V, CODEBOOK, (vq::large_tiles<V>(matrix, output, rest)))
+#define VQ_LARGE_TILED(V, STAGES) \
+  VQ_TILED(large##V##x##STAGES, CODEBOOK, (vq::large_tiles<V, STAGES>(matrix, output, rest)))
 #define VQ_TRELLIS_TILED(BITS) \
   VQ_TILED(trellis##BITS, TRELLIS, (vq::trellis_tiles<BITS>(matrix, output, rest)))
 
@@ -160,8 +164,9 @@ VQ_GPTQ_TILED(8)
 VQ_CODEBOOK_TILED(4, 1)
 VQ_CODEBOOK_TILED(8, 1)
 VQ_CODEBOOK_TILED(8, 2)
-VQ_LARGE_TILED(4)
-VQ_LARGE_TILED(8)
+VQ_LARGE_TILED(4, 1)
+VQ_LARGE_TILED(8, 1)
+VQ_LARGE_TILED(8, 2)
 VQ_TRELLIS_TILED(1)
 VQ_TRELLIS_TILED(2)
 VQ_TRELLIS_TILED(3)

@@ -263,31 +263,40 @@ void test_codebook(CodebookKernel kernel, const TiledKernels &tiled, const Codeb
              });
 }
 
+struct LargeCase {
+  int v, stages, batch, num_hot;
+  std::vector<Product> products;
+};
+
 template <typename TiledKernels>
-void test_large(CodebookKernel kernel, const TiledKernels &tiled, int v, int batch, int num_hot,
-                const std::vector<Product> &products) {
-  const int inputs = 70, stride = 80, rows = 137 / v, outputs = rows * v, num_entries = 700;
-  std::vector<std::uint16_t> indices(static_cast<std::size_t>(rows) * stride);
+void test_large(CodebookKernel kernel, const TiledKernels &tiled, const LargeCase &c) {
+  const int inputs = 70, stride = 80, rows = 137 / c.v, outputs = rows * c.v, num_entries = 700;
+  std::vector<std::uint16_t> indices(static_cast<std::size_t>(c.stages) * rows * stride);
   for (auto &index : indices) index = static_cast<std::uint16_t>(uniform(0, num_entries - 1));
-  const auto entries = normal_halves(static_cast<std::size_t>(num_entries) * v, 0.1f);
-  auto x = normal_halves(static_cast<std::size_t>(batch) * stride, 1.0f);
-  for (int b = 0; b < batch; ++b) {
+  const auto entries = normal_halves(static_cast<std::size_t>(c.stages) * num_entries * c.v, 0.1f);
+  auto x = normal_halves(static_cast<std::size_t>(c.batch) * stride, 1.0f);
+  for (int b = 0; b < c.batch; ++b) {
     for (int k = inputs; k < stride; ++k) x[static_cast<std::size_t>(b) * stride + k] = __half{};
   }
-  std::vector<__half> y(static_cast<std::size_t>(batch) * outputs);
+  std::vector<__half> y(static_cast<std::size_t>(c.batch) * outputs);
   const auto call = [&](const auto &run, auto... rest) {
     run(reinterpret_cast<const unsigned char *>(indices.data()), entries.data(), inputs, stride,
-        outputs, num_entries, num_hot, rest...);
+        outputs, num_entries, c.num_hot, rest...);
   };
-  const auto hot_bytes = static_cast<std::size_t>(num_hot) * v * 2;
+  const auto hot_bytes = static_cast<std::size_t>(c.stages) * c.num_hot * c.v * 2;
   vq_emulation::launch(dim3{1}, 256, hot_bytes, [&] { call(kernel, x.data(), y.data()); });
   const auto weight = [&](int n, int k) {
-    const auto entry = indices[static_cast<std::size_t>(n / v) * stride + k];
-    return static_cast<double>(__half2float(entries[static_cast<std::size_t>(entry) * v + n % v]));
+    double sum = 0.0;
+    for (int stage = 0; stage < c.stages; ++stage) {
+      const auto at = (static_cast<std::size_t>(stage) * rows + n / c.v) * stride + k;
+      const auto entry = static_cast<std::size_t>(stage) * num_entries + indices[at];
+      sum += __half2float(entries[entry * c.v + n % c.v]);
+    }
+    return sum;
   };
-  const std::string what = "large V " + std::to_string(v);
-  check(what, x, stride, inputs, outputs, batch, y, weight);
-  test_tiled(what, tiled, inputs, outputs, (hot_bytes + 127) / 128 * 128, products, weight, call);
+  const std::string what = "large V " + std::to_string(c.v) + " stages " + std::to_string(c.stages);
+  check(what, x, stride, inputs, outputs, c.batch, y, weight);
+  test_tiled(what, tiled, inputs, outputs, (hot_bytes + 127) / 128 * 128, c.products, weight, call);
 }
 
 using TrellisKernel = void (*)(const unsigned *, const signed char *, const __half *, int, int, int,
@@ -366,11 +375,13 @@ int main() {
                 {8, 1, 2, 33, 24, 64, 1, {{23, 16, 1}, {32, 32, 1}, {130, 64, 1}}});
   test_codebook(vq_codebook8x2_b1, codebook8x2,
                 {8, 2, 1, 600, 136, 256, 1, {{9, 16, 3}, {17, 32, 4}, {70, 64, 2}}});
-  const auto large4 = TILED(large4, vq::LargeTiles<4>);
-  const auto large8 = TILED(large8, vq::LargeTiles<8>);
-  test_large(vq_large8_b1, large8, 8, 1, 100, {{9, 16, 1}, {33, 32, 2}, {65, 64, 1}});
-  test_large(vq_large4_b2, large4, 4, 2, 0, {{20, 32, 1}, {64, 64, 1}});
-  test_large(vq_large4_b1, large4, 4, 1, 101, {{16, 16, 2}});
+  const auto large4x1 = TILED(large4x1, vq::LargeTiles<4, 1>);
+  const auto large8x1 = TILED(large8x1, vq::LargeTiles<8, 1>);
+  const auto large8x2 = TILED(large8x2, vq::LargeTiles<8, 2>);
+  test_large(vq_large8x1_b1, large8x1, {8, 1, 1, 100, {{9, 16, 1}, {33, 32, 2}, {65, 64, 1}}});
+  test_large(vq_large4x1_b2, large4x1, {4, 1, 2, 0, {{20, 32, 1}, {64, 64, 1}}});
+  test_large(vq_large4x1_b1, large4x1, {4, 1, 1, 101, {{16, 16, 2}}});
+  test_large(vq_large8x2_b2, large8x2, {8, 2, 2, 77, {{9, 16, 1}, {20, 32, 2}, {65, 64, 1}}});
 
   const auto trellis1 = TILED(trellis1, vq::TrellisTiles<1>);
   const auto trellis2 = TILED(trellis2, vq::TrellisTiles<2>);

@@ -41,7 +41,7 @@ class CodebookArrays:
 
 
 class CodebookWeights(CudaWeights):
-    """VPTQ-like weights: one or two stages of at most 256 entries, or one stage of up to 65,536."""
+    """VPTQ-like weights: one or two stages of up to 65,536 entries, fast up to 256."""
 
     def __init__(self, gpu: Gpu, arrays: CodebookArrays) -> None:
         """Raises LayoutError for combinations that have no kernel."""
@@ -49,15 +49,15 @@ class CodebookWeights(CudaWeights):
         self.num_entries, self.v = arrays.entries.shape[1:]
         super().__init__(gpu, in_features, self._rows * self.v)
         is_large = self.num_entries > _MAX_SMALL
-        known = {(4, 1), (8, 1)} if is_large else {(4, 1), (8, 1), (8, 2)}
-        if (self.v, self.stages) not in known:
+        if (self.v, self.stages) not in {(4, 1), (8, 1), (8, 2)}:
             raise LayoutError(
                 f"no CUDA kernel for vectors of {self.v} with {self.stages} stages of "
                 f"{self.num_entries} entries"
             )
         self.batches = (1, 2) if is_large else (1, 2, 4)
-        self.kernel = f"vq_large{self.v}" if is_large else f"vq_codebook{self.v}x{self.stages}"
-        self._num_hot = min(self.num_entries, _HOT_BYTES // (2 * self.v)) if is_large else 0
+        self.kernel = f"vq_{'large' if is_large else 'codebook'}{self.v}x{self.stages}"
+        hot_entries = _HOT_BYTES // (2 * self.v * self.stages)
+        self._num_hot = min(self.num_entries, hot_entries) if is_large else 0
         self.tiles = self._tile_format(is_large)
         self.stride = -(-in_features // 16) * 16
         packed, entries = pack_indices(arrays.indices, arrays.entries, self.stride)
@@ -71,7 +71,7 @@ class CodebookWeights(CudaWeights):
         row_bytes = TILE_INPUTS * (2 if is_large else 1) + 16
         packed = self.stages * (TILE_OUTPUTS // self.v) * row_bytes
         if is_large:
-            hot = -(-2 * self._num_hot * self.v // 128) * 128
+            hot = -(-2 * self.stages * self._num_hot * self.v // 128) * 128
             return TileFormat(True, hot, packed)
         return TileFormat(True, self.stages * self.num_entries * _ENTRY_BYTES, packed)
 
@@ -108,15 +108,23 @@ def pack_indices(
 ) -> tuple[NDArray[np.uint8] | NDArray[np.int16], NDArray[np.float16]]:
     """Indices padded to `stride` columns, one byte each, or two bytes ordered by frequency.
 
-    More than 256 entries are renumbered so that the most used come first: those lie in shared
-    memory (VQ-LLM's codebook cache). uint16 is returned as int16 bits, which torch has.
+    More than 256 entries are renumbered, every stage for itself, so that the most used come first:
+    those lie in shared memory (VQ-LLM's codebook cache). uint16 is returned as int16 bits, which
+    torch has.
     """
     padded = np.zeros((*indices.shape[:2], stride), dtype=np.int64)
     padded[..., : indices.shape[2]] = indices
     if entries.shape[1] <= _MAX_SMALL:
         return padded.astype(np.uint8), np.ascontiguousarray(entries)
-    order = np.argsort(-np.bincount(indices.ravel(), minlength=entries.shape[1]), kind="stable")
+    stages = range(len(indices))
+    order = np.stack([_by_frequency(indices[stage], entries.shape[1]) for stage in stages])
     rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    renumbered = rank[padded].astype(np.uint16).view(np.int16)
-    return renumbered, np.ascontiguousarray(entries[:, order])
+    np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
+    renumbered = np.stack([rank[stage][padded[stage]] for stage in stages])
+    sorted_entries = np.take_along_axis(entries, order[..., None], axis=1)
+    return renumbered.astype(np.uint16).view(np.int16), sorted_entries
+
+
+def _by_frequency(indices: NDArray[np.int64], num_entries: int) -> NDArray[np.int64]:
+    counts = np.bincount(indices.ravel(), minlength=num_entries)
+    return np.argsort(-counts, kind="stable")

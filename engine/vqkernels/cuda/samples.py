@@ -139,6 +139,7 @@ def odd_samples(inputs: int = 1120, outputs: int = 1540) -> dict[str, Sample]:
         "vq v8 k64": codebook_sample((outputs + 4, inputs - 7), 8, 1, 64),
         "vq v8 k256+256": codebook_sample((outputs + 4, inputs - 6), 8, 2, 256, True),
         "vq v4 k4096": codebook_sample((outputs, inputs - 13), 4, 1, 4096),
+        "vq v8 k4096+4096": codebook_sample((outputs + 4, inputs - 9), 8, 2, 4096),
         "vq v8 k65536": codebook_sample((outputs + 4, inputs - 8), 8, 1, 65536, True),
         **{f"trellis {b} bit": trellis_sample(uneven, b, 0, True) for b in (1, 2, 3, 4)},
         **{f"trellis {b} bit, groups": trellis_sample(uneven, b, 80) for b in (1, 2, 3, 4)},

@@ -15,6 +15,7 @@ from vqkernels.errors import LayoutError
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import ExecutorUnavailable
 from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_groups
+from vqllm.quantization.vptq_linear import VptqLinear, VptqSpec
 from vqllm.runtime.engine import EngineConfig
 from vqllm.runtime.executors import cuda
 from vqllm.runtime.executors.cuda import _gptq_arrays
@@ -61,12 +62,38 @@ def test_without_a_gpu_the_executor_says_so(tiny_folder: Path) -> None:
         make_executor(Checkpoint(tiny_folder), "cuda", EngineConfig())
 
 
+@pytest.mark.parametrize("num_centroids", [256, 1024])
+def test_a_smaller_residual_codebook_has_a_kernel(
+    emulated_driver: ctypes.CDLL, num_centroids: int
+) -> None:
+    random = np.random.default_rng(num_centroids)
+    spec = VptqSpec(8, num_centroids, 64, has_order=True)
+    linear = VptqLinear(
+        num_rows=40,
+        spec=spec,
+        indices=random.integers(0, num_centroids, (1, 5, 70)).astype(np.uint16),
+        centroids=random.normal(size=(1, num_centroids, 8)).astype(np.float16),
+        res_indices=random.integers(0, 64, (1, 5, 70)).astype(np.uint16),
+        res_centroids=(0.3 * random.normal(size=(1, 64, 8))).astype(np.float16),
+        order=random.permutation(70).astype(np.uint16),
+        column_scales=random.uniform(0.5, 1.5, 70).astype(np.float16),
+        column_biases=(0.1 * random.normal(size=70)).astype(np.float16),
+    )
+    weights = cuda.upload(emulated_gpu.open_gpu(), linear)
+    for rows in (1, 20):
+        x = torch.randn(rows, 70).half()
+        expected = x.double() @ torch.from_numpy(linear.dequantize()).double().T
+        assert (weights.linear(x).double() - expected).norm() < 3e-3 * expected.norm()
+    assert len(emulated_gpu.launches(emulated_driver)) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kernel"),
     [
         (("--method", "gptq", "--bits", "4", "--group-size", "32"), "gptq4"),
         (("--method", "tcq", "--bpw", "3"), "trellis"),
+        (("--method", "vptq", "--bpw", "2.5"), "vq_"),
     ],
 )
 def test_it_predicts_what_the_reference_predicts(

@@ -156,12 +156,13 @@ def _codebook_arrays(linear: VptqLinear) -> CodebookArrays:
     stages = [(linear.indices[0], linear.centroids[0])]
     if linear.res_indices is not None and linear.res_centroids is not None:
         stages.append((linear.res_indices[0], linear.res_centroids[0]))
-    sizes = {len(entries) for _, entries in stages}
-    if len(sizes) != 1:
-        raise LayoutError("main and residual codebooks of different sizes")
+    most = max(len(entries) for _, entries in stages)
     return CodebookArrays(
         indices=np.stack([indices.astype(np.int64) for indices, _ in stages]),
-        entries=np.stack([entries for _, entries in stages]),
+        # No index names what a smaller codebook is filled up with.
+        entries=np.stack(
+            [np.pad(entries, ((0, most - len(entries)), (0, 0))) for _, entries in stages]
+        ),
         input_scale=linear.column_scales,
         input_bias=linear.column_biases,
         permutation=None if linear.order is None else linear.order.astype(np.int64),
