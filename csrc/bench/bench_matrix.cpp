@@ -124,22 +124,22 @@ int main(int argc, char **argv) {
     Contender &contender = contenders.back();
     contender.format = &format;
     vq_matrix_get_size(&layer->part, 1, &contender.bytes);
-    const std::int64_t copies =
-        cold ? std::max<std::int64_t>(2, kColdBytes / contender.bytes) : 1;
+    const std::int64_t copies = cold ? std::max<std::int64_t>(2, kColdBytes / contender.bytes) : 1;
     for (std::int64_t i = 0; i < copies; ++i) {
       vq_matrix *matrix = nullptr;
       if (vq_matrix_create(&layer->part, 1, nullptr, nullptr, 0, &matrix) != VQ_OK) return 1;
       contender.ring.emplace_back(matrix);
     }
   }
-  std::vector<float> x(static_cast<std::size_t>(in) * batch), y(static_cast<std::size_t>(out) * batch);
+  std::vector<float> x(static_cast<std::size_t>(in) * batch),
+      y(static_cast<std::size_t>(out) * batch);
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
   for (auto &value : x) value = normal(random);
   for (int round = 0; round < kRounds; ++round) {
     for (Contender &contender : contenders) {
-      const int calls = static_cast<int>(std::max<double>(
-          3.0, 2e9 / (static_cast<double>(out) * in * batch)));
+      const int calls =
+          static_cast<int>(std::max<double>(3.0, 1e8 / (static_cast<double>(out) * in * batch)));
       const auto start = std::chrono::steady_clock::now();
       for (int call = 0; call < calls; ++call) {
         vq_matrix_multiply(contender.ring[contender.next++ % contender.ring.size()].get(), x.data(),
@@ -154,10 +154,11 @@ int main(int argc, char **argv) {
     std::sort(contender.times.begin(), contender.times.end());
     const double median = contender.times[contender.times.size() / 2];
     const double weights = static_cast<double>(out) * in * batch;
-    std::printf("%-16s %6dx%-5d b%-3d %-4s T%d median %9.2f us  min %9.2f us  %6.1f Gw/s  %5.1f GB/s\n",
-                contender.format->name.c_str(), out, in, batch, cold ? "cold" : "hot", threads,
-                median, contender.times.front(), weights / contender.times.front() / 1e3,
-                static_cast<double>(contender.bytes) / contender.times.front() / 1e3);
+    std::printf(
+        "%-16s %6dx%-5d b%-3d %-4s T%d median %9.2f us  min %9.2f us  %6.1f Gw/s  %5.1f GB/s\n",
+        contender.format->name.c_str(), out, in, batch, cold ? "cold" : "hot", threads, median,
+        contender.times.front(), weights / contender.times.front() / 1e3,
+        static_cast<double>(contender.bytes) / contender.times.front() / 1e3);
   }
   contenders.clear();
   vq_pool_free(pool);

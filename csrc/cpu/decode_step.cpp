@@ -220,8 +220,7 @@ struct vq_decoder::Part {
   }
 
   float *residual(std::int32_t row) const {
-    return is_alone ? scratch.residual
-                    : decoder.residual_.floats() + row * decoder.hidden_stride_;
+    return is_alone ? scratch.residual : decoder.residual_.floats() + row * decoder.hidden_stride_;
   }
 
   // A row is always prepared by the same thread, so nobody waits for this.
@@ -357,8 +356,8 @@ struct vq_decoder::Part {
     const std::int32_t end = vq::split_begin(matrix, index + 1, count);
     if (config.exact != 0) {
       const float *x = is_alone ? scratch.normed : decoder.normed_.floats();
-      note(vq::multiply_panels_exact(matrix, x, decoder.widest_, rows, outputs, stride, begin,
-                                     end));
+      note(
+          vq::multiply_panels_exact(matrix, x, decoder.widest_, rows, outputs, stride, begin, end));
       return;
     }
     const bool shares = projection.num_inputs == 1;
@@ -450,8 +449,7 @@ struct vq_decoder::Part {
       const std::int32_t queries = (span.last - span.first) * group;
       for (std::int32_t kv_head = 0; kv_head < config.num_kv_heads; ++kv_head, offset += queries) {
         const auto first = static_cast<std::int32_t>(std::max<std::int64_t>(begin - offset, 0));
-        const auto last =
-            static_cast<std::int32_t>(std::min<std::int64_t>(end - offset, queries));
+        const auto last = static_cast<std::int32_t>(std::min<std::int64_t>(end - offset, queries));
         for (std::int32_t at = first; at < last; at += vq::kMaxQueries, ++turn) {
           if (deals && turn % count != index) continue;
           vq::AttendJob &job = jobs[planned % 2];
@@ -483,8 +481,7 @@ struct vq_decoder::Part {
     for (std::int32_t i = 0; i < job.num_queries; ++i) {
       const std::int32_t row = span.first + (first + i) / group;
       const std::int64_t head = kv_head * group + (first + i) % group;
-      job.queries[i] =
-          decoder.qkv_.floats() + row * decoder.qkv_stride_ + head * config.head_dim;
+      job.queries[i] = decoder.qkv_.floats() + row * decoder.qkv_stride_ + head * config.head_dim;
       job.outputs[i] = context(row) + head * config.head_dim;
       job.length[i] = decoder.rows_[static_cast<std::size_t>(row)].position + 1;
       const std::int32_t window = decoder.layers_[static_cast<std::size_t>(layer)].sliding_window;

@@ -117,8 +117,9 @@ void gather_columns(const vq_matrix &matrix, const float *x, std::int32_t column
     return;
   }
   for (std::int32_t k = 0; k < count; ++k) {
-    const std::int32_t from =
-        matrix.permutation.empty() ? column + k : matrix.permutation[static_cast<std::size_t>(column + k)];
+    const std::int32_t from = matrix.permutation.empty()
+                                  ? column + k
+                                  : matrix.permutation[static_cast<std::size_t>(column + k)];
     values[k] = scales == nullptr ? x[from] : x[from] * scales[from];
   }
 }
@@ -160,9 +161,8 @@ float dot_floats(const float *a, const float *b, std::int32_t count) {
 }
 
 float offset_of(const vq_matrix &matrix, const float *x) {
-  return matrix.column_bias.empty()
-             ? 0.0f
-             : dot_floats(x, matrix.column_bias.data(), matrix.in_features);
+  return matrix.column_bias.empty() ? 0.0f
+                                    : dot_floats(x, matrix.column_bias.data(), matrix.in_features);
 }
 
 // ---- exact weights ----
@@ -277,9 +277,8 @@ void read_part(const vq_matrix &matrix, const MatrixPart &part, std::int32_t n, 
     const std::int32_t count = std::min(kChunkColumns, part.in_features - column);
     for (std::int32_t c = 0; c < count; ++c) {
       const auto input = static_cast<std::size_t>(part.input_begin + column + c);
-      const std::size_t at = matrix.permutation.empty()
-                                 ? input
-                                 : static_cast<std::size_t>(matrix.permutation[input]);
+      const std::size_t at =
+          matrix.permutation.empty() ? input : static_cast<std::size_t>(matrix.permutation[input]);
       const float scale = matrix.column_scales.empty() ? 1.0f : matrix.column_scales[at];
       const float bias = matrix.column_bias.empty() ? 0.0f : matrix.column_bias[at];
       row[at] = weights[lane * kChunkColumns + c] * scale + bias;
@@ -547,9 +546,8 @@ void multiply_share(void *context, std::int32_t index, std::int32_t count) {
     multiply_panels(matrix, *job->activations, job->y, matrix.out_features, begin, end);
     return;
   }
-  const std::int32_t status =
-      multiply_panels_exact(matrix, job->x, matrix.in_features, job->batch, job->y,
-                            matrix.out_features, begin, end);
+  const std::int32_t status = multiply_panels_exact(matrix, job->x, matrix.in_features, job->batch,
+                                                    job->y, matrix.out_features, begin, end);
   if (status != VQ_OK) {
     job->status.store(status, std::memory_order_relaxed);
   }
@@ -634,8 +632,8 @@ std::int32_t multiply_panels_exact(const vq_matrix &matrix, const float *x, std:
   }
   for_parts(matrix, panel_begin, panel_end,
             [&](const MatrixPart &part, std::int32_t begin, std::int32_t end) {
-              const ExactJob job{&part,   scratch.x.data(), matrix.in_features, offsets, batch,
-                                 y,       y_stride};
+              const ExactJob job{&part, scratch.x.data(), matrix.in_features, offsets, batch,
+                                 y,     y_stride};
               for (std::int32_t panel = begin; panel < end; ++panel) {
                 exact_panel(job, panel, scratch.weights.data());
               }

@@ -47,9 +47,9 @@ struct ActivationBuffers {
 // Facts of a matrix that a caller needs for buffers and splits.
 struct MatrixShape {
   std::int32_t in_features;
-  std::int32_t columns;       // of Activations: in_features, more where parts lie side by side
-  std::int32_t out_features;  // rows of all stacked parts
-  std::int32_t num_panels;    // what work is split by: runs of rows
+  std::int32_t columns;          // of Activations: in_features, more where parts lie side by side
+  std::int32_t out_features;     // rows of all stacked parts
+  std::int32_t num_panels;       // what work is split by: runs of rows
   std::int32_t has_transform;    // arranges or scales its input: shares no Activations
   std::int32_t has_column_bias;  // needs ActivationBuffers::offsets
 };

@@ -1,25 +1,14 @@
-// AVX2 tier: grids decode in registers into the tile, codebooks and trellises by the portable loops.
+// AVX2 tier: every format decodes in registers into a tile.
 // vpmaddubsw multiplies unsigned codes by signed activations into 16-bit pair sums; codes of 8 bits
 // would overflow them, so those become signed and lend their sign to the activations.
 // Compiled with -mavx2 -mf16c; only reached after the run-time check in dispatch.cpp.
-#include <immintrin.h>
-
-#include "matrix_tile.hpp"
+#include "matrix_avx2.hpp"
 
 namespace vq {
 namespace {
 
-constexpr std::int32_t kHalf = 32;             // bytes of a register: four rows of a block
 constexpr std::int32_t kBlocksPerFlush = 8;    // 8 * 2 * 15 * 127 = 30480 fits 16 bits
 constexpr std::int32_t kPrefetchBytes = 4096;  // as measured for the AVX-512 tiers
-
-inline __m256i load_half(const std::uint8_t *bytes) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
-}
-
-inline void store_half(std::uint8_t *bytes, __m256i value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(bytes), value);
-}
 
 inline __m256i broadcast8(const std::int8_t *x) {
   std::int64_t word;
@@ -40,8 +29,7 @@ void decode_grid4(const std::uint8_t *codes, std::int32_t num_blocks, std::uint8
     for (std::int32_t at = 0; at < kBlockBytes; at += kHalf) {
       const __m256i bytes = load_half(codes + at);
       store_half(tile + at, _mm256_and_si256(bytes, mask));
-      store_half(tile + kBlockBytes + at,
-                 _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask));
+      store_half(tile + kBlockBytes + at, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask));
     }
     codes += kBlockBytes;
     tile += 2 * kBlockBytes;
@@ -83,48 +71,76 @@ void decode_grid3(const std::uint8_t *codes, std::int32_t num_blocks, std::uint8
   }
 }
 
-// ---- products ----
+// ---- products: kSets row sets with kRows rows of activations ----
 
-// Four running 32-bit sums registers of one row of activations: set 0 rows 0-3, 4-7, set 1 likewise.
+// A row set's sums, two per row: of rows 0-3 and of rows 4-7.
+struct SetSums {
+  __m256i upper;
+  __m256i lower;
+};
+
+template <int kSets, int kRows>
 struct Sums {
-  __m256i part[4];
+  SetSums of[kSets][kRows];
 };
 
 inline __m256i widen(__m256i pairs) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
+// Codes below 16.
+template <int kSets, int kRows>
 void add_small(const std::uint8_t *blocks, std::int32_t num_blocks, const std::int8_t *x,
-               Sums &sums) {
+               std::int64_t stride, Sums<kSets, kRows> &sums) {
   for (std::int32_t start = 0; start < num_blocks; start += kBlocksPerFlush) {
     const std::int32_t end = std::min(num_blocks, start + kBlocksPerFlush);
-    __m256i pairs[4] = {};
+    Sums<kSets, kRows> pairs{};
     for (std::int32_t block = start; block < end; ++block) {
-      const __m256i values = broadcast8(x + block * kBlock);
       const std::uint8_t *codes = blocks + block * 2 * kBlockBytes;
-      for (int i = 0; i < 4; ++i) {
-        pairs[i] = _mm256_add_epi16(
-            pairs[i], _mm256_maddubs_epi16(load_half(codes + i * kHalf), values));
+      for (int row = 0; row < kRows; ++row) {
+        const __m256i values = broadcast8(x + row * stride + block * kBlock);
+        for (int set = 0; set < kSets; ++set) {
+          const std::uint8_t *at = codes + set * kBlockBytes;
+          SetSums &sum = pairs.of[set][row];
+          sum.upper = _mm256_add_epi16(sum.upper, _mm256_maddubs_epi16(load_half(at), values));
+          sum.lower =
+              _mm256_add_epi16(sum.lower, _mm256_maddubs_epi16(load_half(at + kHalf), values));
+        }
       }
     }
-    for (int i = 0; i < 4; ++i) {
-      sums.part[i] = _mm256_add_epi32(sums.part[i], widen(pairs[i]));
+    for (int row = 0; row < kRows; ++row) {
+      for (int set = 0; set < kSets; ++set) {
+        SetSums &sum = sums.of[set][row];
+        sum.upper = _mm256_add_epi32(sum.upper, widen(pairs.of[set][row].upper));
+        sum.lower = _mm256_add_epi32(sum.lower, widen(pairs.of[set][row].lower));
+      }
     }
   }
 }
 
+inline __m256i add_products(__m256i sum, __m256i steps, __m256i values) {
+  const __m256i pairs =
+      _mm256_maddubs_epi16(_mm256_abs_epi8(steps), _mm256_sign_epi8(values, steps));
+  return _mm256_add_epi32(sum, widen(pairs));
+}
+
 // Codes minus 128.
+template <int kSets, int kRows>
 void add_signed(const std::uint8_t *blocks, std::int32_t num_blocks, const std::int8_t *x,
-                Sums &sums) {
+                std::int64_t stride, Sums<kSets, kRows> &sums) {
   const __m256i flip = _mm256_set1_epi8(-128);
   for (std::int32_t block = 0; block < num_blocks; ++block) {
-    const __m256i values = broadcast8(x + block * kBlock);
     const std::uint8_t *codes = blocks + block * 2 * kBlockBytes;
-    for (int i = 0; i < 4; ++i) {
-      const __m256i steps = _mm256_xor_si256(load_half(codes + i * kHalf), flip);
-      const __m256i pairs =
-          _mm256_maddubs_epi16(_mm256_abs_epi8(steps), _mm256_sign_epi8(values, steps));
-      sums.part[i] = _mm256_add_epi32(sums.part[i], widen(pairs));
+    for (int set = 0; set < kSets; ++set) {
+      const std::uint8_t *at = codes + set * kBlockBytes;
+      const __m256i upper = _mm256_xor_si256(load_half(at), flip);
+      const __m256i lower = _mm256_xor_si256(load_half(at + kHalf), flip);
+      for (int row = 0; row < kRows; ++row) {
+        const __m256i values = broadcast8(x + row * stride + block * kBlock);
+        SetSums &sum = sums.of[set][row];
+        sum.upper = add_products(sum.upper, upper, values);
+        sum.lower = add_products(sum.lower, lower, values);
+      }
     }
   }
 }
@@ -138,12 +154,9 @@ inline __m256i add_halves(__m256i low, __m256i high) {
 inline void add_scaled(__m256i dots, const SegmentScale &scale, int lane, std::int32_t zero_shift,
                        std::int32_t sum, float x_scale, float *lanes) {
   const auto *zeros = reinterpret_cast<const __m256i *>(scale.zero + lane);
-  const __m256i zero =
-      _mm256_sub_epi32(_mm256_load_si256(zeros), _mm256_set1_epi32(zero_shift));
-  const __m256i exact =
-      _mm256_sub_epi32(dots, _mm256_mullo_epi32(zero, _mm256_set1_epi32(sum)));
-  const __m256 factor =
-      _mm256_mul_ps(_mm256_load_ps(scale.scale + lane), _mm256_set1_ps(x_scale));
+  const __m256i zero = _mm256_sub_epi32(_mm256_load_si256(zeros), _mm256_set1_epi32(zero_shift));
+  const __m256i exact = _mm256_sub_epi32(dots, _mm256_mullo_epi32(zero, _mm256_set1_epi32(sum)));
+  const __m256 factor = _mm256_mul_ps(_mm256_load_ps(scale.scale + lane), _mm256_set1_ps(x_scale));
   const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), factor);
   _mm256_store_ps(lanes + lane, _mm256_add_ps(_mm256_load_ps(lanes + lane), product));
 }
@@ -161,8 +174,10 @@ struct Avx2 {
         return decode_grid3(codes + column * 6, count / kBlock, tile);
       case Decode::kGrid4:
         return decode_grid4(codes + column * 8, count / kBlock, tile);
-      default:
+      case Decode::kGrid8:
         return decode_tile_baseline(stage, panel, column, count, tile);
+      default:
+        return decode_codebooks(stage, panel, column, count, tile);
     }
   }
 
@@ -184,24 +199,41 @@ struct Avx2 {
     }
   }
 
+  // As many row sets at once as leave their sums in registers.
+  template <int kCount>
+  static void segment_rows(const std::uint8_t *blocks, std::int32_t num_blocks,
+                           const std::int8_t *x, std::int64_t x_stride, const SegmentScale &scale,
+                           const std::int32_t *sums, const float *x_scales, float *lanes,
+                           std::int64_t lanes_stride) {
+    constexpr int kSets = kCount <= 2 ? 2 : 1;
+    const std::int32_t zero_shift = scale.has_small_codes ? 0 : 128;
+    for (int first = 0; first < 2; first += kSets) {
+      Sums<kSets, kCount> dots{};
+      if (scale.has_small_codes) {
+        add_small(blocks + first * kBlockBytes, num_blocks, x, x_stride, dots);
+      } else {
+        add_signed(blocks + first * kBlockBytes, num_blocks, x, x_stride, dots);
+      }
+      for (int set = 0; set < kSets; ++set) {
+        for (int row = 0; row < kCount; ++row) {
+          const SetSums &sum = dots.of[set][row];
+          add_scaled(add_halves(sum.upper, sum.lower), scale, (first + set) * kBlock, zero_shift,
+                     sums[row], x_scales[row], lanes + row * lanes_stride);
+        }
+      }
+    }
+  }
+
   static void segment(const std::uint8_t *blocks, std::int32_t num_blocks, const std::int8_t *x,
                       std::int64_t x_stride, std::int32_t rows, const SegmentScale &scale,
                       const std::int32_t *sums, const float *x_scales, float *lanes,
                       std::int64_t lanes_stride) {
-    const std::int32_t zero_shift = scale.has_small_codes ? 0 : 128;
-    for (std::int32_t i = 0; i < rows; ++i) {
-      Sums dots{};
-      if (scale.has_small_codes) {
-        add_small(blocks, num_blocks, x + i * x_stride, dots);
-      } else {
-        add_signed(blocks, num_blocks, x + i * x_stride, dots);
-      }
-      float *out = lanes + i * lanes_stride;
-      for (int set = 0; set < 2; ++set) {
-        add_scaled(add_halves(dots.part[2 * set], dots.part[2 * set + 1]), scale, set * kBlock,
-                   zero_shift, sums[i], x_scales[i], out);
-      }
-    }
+    using Segment =
+        void (*)(const std::uint8_t *, std::int32_t, const std::int8_t *, std::int64_t,
+                 const SegmentScale &, const std::int32_t *, const float *, float *, std::int64_t);
+    static constexpr Segment kSegment[kRows] = {segment_rows<1>, segment_rows<2>, segment_rows<3>,
+                                                segment_rows<4>};
+    kSegment[rows - 1](blocks, num_blocks, x, x_stride, scale, sums, x_scales, lanes, lanes_stride);
   }
 };
 

@@ -36,8 +36,7 @@ inline __m512i dot4(__m512i acc, __m512i codes, __m512i x) {
 
 // Two row sets of (columns 0-3, columns 4-7) sums per row to 16 sums.
 inline __m512i add_halves(__m512i set0, __m512i set1) {
-  const __m512i even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   return _mm512_add_epi32(_mm512_permutex2var_epi32(set0, even, set1),
                           _mm512_permutex2var_epi32(set0, odd, set1));
@@ -172,10 +171,8 @@ void multiply_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
     for (std::int32_t column = 0; column < part.columns; column += part.segment) {
       const std::int32_t count = std::min(part.segment, part.columns - column);
       const __m512i sum = _mm512_set1_epi32(segment_sum(job.x, 0, column, count));
-      const __m512i zero =
-          zeros != nullptr ? load_zeros(zeros) : _mm512_set1_epi32(stage.zero);
-      const __m512i dots =
-          dot_segment(decoder, codes, count / kBlock, job.x.q + column);
+      const __m512i zero = zeros != nullptr ? load_zeros(zeros) : _mm512_set1_epi32(stage.zero);
+      const __m512i dots = dot_segment(decoder, codes, count / kBlock, job.x.q + column);
       out = add_scaled(out, _mm512_sub_epi32(dots, _mm512_mullo_epi32(zero, sum)),
                        load_halves(scales), job.x.scales[column / kActivationGroup]);
       codes += count / kBlock / Decoder::kBlocks * decoder.bytes();
@@ -195,9 +192,9 @@ void multiply_row(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
 
 // ---- a few rows: every code is decoded once for up to eight of them ----
 
-constexpr std::int32_t kRowsAtOnce = 8;       // more would spill accumulators
-constexpr std::int32_t kBatchBytes = 24576;   // activations that stay in the first-level cache
-constexpr std::int32_t kSharedRows = 4;       // from here a slow decoder pays for a tile
+constexpr std::int32_t kRowsAtOnce = 8;      // more would spill accumulators
+constexpr std::int32_t kBatchBytes = 24576;  // activations that stay in the first-level cache
+constexpr std::int32_t kSharedRows = 4;      // from here a slow decoder pays for a tile
 
 // Columns [begin, end) of one pair of row sets, whose codes lie at `codes`.
 struct PairSlice {
@@ -288,8 +285,8 @@ void multiply_slice(const MatrixJob &job, const Decoder &decoder, const PairSlic
         slice.scales != nullptr ? column / part.segment / part.segments_per_group * kPairRows : 0;
     const __m512 scale = slice.scales != nullptr ? load_halves(slice.scales + group)
                                                  : _mm512_loadu_ps(slice.lane_scales);
-    const __m512i zero = slice.zeros != nullptr ? load_zeros(slice.zeros + group)
-                                                : _mm512_set1_epi32(slice.zero);
+    const __m512i zero =
+        slice.zeros != nullptr ? load_zeros(slice.zeros + group) : _mm512_set1_epi32(slice.zero);
     const std::int32_t *before = prefix + column / kPrefixStep;
     const std::int32_t *after = prefix + (column + count) / kPrefixStep;
     for (int i = 0; i < kRows; ++i) {
@@ -403,8 +400,7 @@ inline bool decode_grid(const MatrixStage &stage, std::int32_t panel, std::int32
 
 // lanes [pairs * 16] of one batch row to y, as store_lanes; lane_of[row] is the inverse of lane_rows.
 inline void store_gathered(const MatrixJob &job, const float *lanes, const std::int32_t *lane_of,
-                           std::int32_t count, std::int32_t row, bool first, bool last,
-                           float *y) {
+                           std::int32_t count, std::int32_t row, bool first, bool last, float *y) {
   const bool has_offset = last && job.x.offsets != nullptr;
   const __m512 offset = _mm512_set1_ps(has_offset ? job.x.offsets[row] : 0.0f);
   for (std::int32_t at = 0; at < count; at += kPairRows) {

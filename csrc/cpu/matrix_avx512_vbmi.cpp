@@ -49,8 +49,8 @@ class Tcq {
       : table_(stage.tcq->table),
         gather_(load_bytes(stage.tcq->gather)),
         collect_(transposed_high_bytes()),
-        multiplier_(_mm512_set1_epi16(static_cast<std::int16_t>(
-            stage.tcq->multiplier << (16 - stage.tcq->trellis_bits)))),
+        multiplier_(_mm512_set1_epi16(
+            static_cast<std::int16_t>(stage.tcq->multiplier << (16 - stage.tcq->trellis_bits)))),
         frame_bytes_(kBlock * kPairRows / kFrames * stage.tcq->bits / 8),
         before_(stage.panel_bytes - (kFrames - 1) * frame_bytes_) {
     for (int i = 0; i < 4; ++i) {
@@ -198,8 +198,7 @@ inline __m512i join(__m128i a, __m128i b, __m128i c, __m128i d) {
 }
 
 inline __m128i load_entry16(const std::uint8_t *table, std::uint16_t index) {
-  return _mm_loadu_si128(
-      reinterpret_cast<const __m128i *>(table + std::int64_t{index} * 16));
+  return _mm_loadu_si128(reinterpret_cast<const __m128i *>(table + std::int64_t{index} * 16));
 }
 
 // Two row sets of 8 columns; `index` [8 columns] of the index rows that they hold.
@@ -224,8 +223,9 @@ class Entries<8> {
 
  private:
   __m512i set(const std::uint16_t *index) const {
-    const __m512i entries = join(load_entries8(table_, index), load_entries8(table_, index + 2),
-                                 load_entries8(table_, index + 4), load_entries8(table_, index + 6));
+    const __m512i entries =
+        join(load_entries8(table_, index), load_entries8(table_, index + 2),
+             load_entries8(table_, index + 4), load_entries8(table_, index + 6));
     return _mm512_permutexvar_epi8(order_, entries);
   }
   const std::uint8_t *table_;
@@ -251,8 +251,9 @@ class Entries<4> {
 
  private:
   __m512i set(const std::uint16_t *index) const {
-    const __m512i entries = join(load_entries4(table_, index), load_entries4(table_, index + 4),
-                                 load_entries4(table_, index + 8), load_entries4(table_, index + 12));
+    const __m512i entries =
+        join(load_entries4(table_, index), load_entries4(table_, index + 4),
+             load_entries4(table_, index + 8), load_entries4(table_, index + 12));
     return _mm512_permutexvar_epi8(order_, entries);
   }
   const std::uint8_t *table_;
@@ -335,7 +336,8 @@ void decode_large(const MatrixStage &stage, const std::uint8_t *codes, std::int3
   for (std::int32_t pair = 0; pair < stage.pairs; ++pair) {
     for (std::int32_t block = 0; block < num_blocks; ++block) {
       __m512i w[2];
-      entries.pair(indices_of(codes + block * 2 * kBlockBytes) + pair * Entries<kEntry>::kIndices, w);
+      entries.pair(indices_of(codes + block * 2 * kBlockBytes) + pair * Entries<kEntry>::kIndices,
+                   w);
       _mm512_store_si512(tile, w[0]);
       _mm512_store_si512(tile + kBlockBytes, w[1]);
       tile += 2 * kBlockBytes;

@@ -30,14 +30,14 @@
 
 namespace vq {
 
-constexpr int kBlock = 8;         // rows and columns of a block
+constexpr int kBlock = 8;  // rows and columns of a block
 constexpr int kBlockBytes = 64;
-constexpr int kPairRows = 16;        // rows of a pair of row sets
-constexpr int kChunkColumns = 32; // columns are padded to a multiple
+constexpr int kPairRows = 16;      // rows of a pair of row sets
+constexpr int kChunkColumns = 32;  // columns are padded to a multiple
 constexpr int kMaxPairs = 8;
 constexpr int kMaxStages = 2;
 constexpr int kMaxVector = 16;
-constexpr int kReadAhead = 64;    // bytes behind the last code that a kernel may read
+constexpr int kReadAhead = 64;  // bytes behind the last code that a kernel may read
 
 enum class Decode : std::int32_t {
   kGrid2,
@@ -72,24 +72,24 @@ struct MatrixStage {
   std::int32_t entry_bytes;  // VQ: 4, 8 or 16, at least vector_length
   std::int64_t panel_bytes;
   const std::uint8_t *codes;
-  const std::uint8_t *table;    // VqSmall [2 * pairs][256]
-  const std::uint8_t *entries;  // VQ [num_codes][entry_bytes]
-  const float *lane_scales;   // VQ: [pairs][16]
+  const std::uint8_t *table;      // VqSmall [2 * pairs][256]
+  const std::uint8_t *entries;    // VQ [num_codes][entry_bytes]
+  const float *lane_scales;       // VQ: [pairs][16]
   const std::uint16_t *codebook;  // VQ: binary16 [num_codes][vector_length], for exact products
   const TcqPlan *tcq;
   std::int16_t lane_rows[kMaxPairs * kPairRows];  // row in the panel, -1 for padding
 };
 
 struct MatrixPart {
-  std::int32_t in_features;  // of this part
-  std::int32_t input_begin;  // the first of them in the matrix
-  std::int32_t columns;      // in_features, padded
+  std::int32_t in_features;   // of this part
+  std::int32_t input_begin;   // the first of them in the matrix
+  std::int32_t columns;       // in_features, padded
   std::int32_t column_begin;  // the first of them in the activations
   std::int32_t rows;
   std::int32_t row_begin;  // in the whole matrix
   bool begins_rows;        // no part stands before it in these rows: writes y, else adds to it
   bool ends_rows;
-  std::int32_t panels_at_once;  // that are one panel of the matrix: parts in the same rows may differ
+  std::int32_t panels_at_once;  // that are one panel of the matrix
   std::int32_t num_panels;
   std::int32_t panel_rows;
   std::int32_t segment;  // columns with one weight and one activation scale: 32, 64 or 128

@@ -103,9 +103,10 @@ class Pieces {
 };
 
 void place_groups(const vq_matrix_part &source, MatrixPart &part) {
-  const std::int32_t group = source.group_size == 0 || source.kind == VQ_MATRIX_VQ
-                                 ? static_cast<std::int32_t>(round_up(part.columns, kActivationGroup))
-                                 : source.group_size;
+  const std::int32_t group =
+      source.group_size == 0 || source.kind == VQ_MATRIX_VQ
+          ? static_cast<std::int32_t>(round_up(part.columns, kActivationGroup))
+          : source.group_size;
   part.segment = std::min(group, kActivationGroup);
   part.segments_per_group = group / part.segment;
   part.num_groups = static_cast<std::int32_t>(ceil_div(part.in_features, group));
@@ -201,15 +202,15 @@ void place_vq_stage(const vq_matrix_part &source, std::int32_t index, const Matr
   stage.num_codes = source.num_codes[index];
   stage.entry_bytes = entry_bytes(source.vector_length);
   stage.panel_bytes = std::int64_t{part.columns} * kIndexRows * (is_small ? 1 : 2);
-  stage.pairs = is_small ? (source.vector_length + 1) / 2
-                         : kIndexRows * stage.entry_bytes / kPairRows;
+  stage.pairs =
+      is_small ? (source.vector_length + 1) / 2 : kIndexRows * stage.entry_bytes / kPairRows;
   stage.codes = pieces.take(stage.panel_bytes * part.num_panels + kReadAhead);
   stage.entries = pieces.take(std::int64_t{stage.num_codes} * stage.entry_bytes + kReadAhead);
   if (is_small) {
     stage.table = pieces.take(std::int64_t{2} * stage.pairs * kSmallCodes);
   }
-  stage.lane_scales =
-      reinterpret_cast<const float *>(pieces.take(kMaxPairs * kPairRows * std::int64_t{sizeof(float)}));
+  stage.lane_scales = reinterpret_cast<const float *>(
+      pieces.take(kMaxPairs * kPairRows * std::int64_t{sizeof(float)}));
   stage.codebook = reinterpret_cast<const std::uint16_t *>(
       pieces.take(std::int64_t{stage.num_codes} * stage.vector_length * 2));
   if (is_small) {

@@ -109,9 +109,8 @@ struct TileLoops {
     alignas(64) std::uint8_t tile[kTileBytes];
     alignas(64) float lanes[kBatchFloats];
     const std::int32_t chunk = std::min(kBatchRows, kBatchFloats / (stage.pairs * kPairRows));
-    const std::int32_t tile_columns =
-        std::min(kTileColumns, kTileBytes / (stage.pairs * kPairRows * kActivationGroup) *
-                                   kActivationGroup);
+    const std::int32_t tile_columns = std::min(
+        kTileColumns, kTileBytes / (stage.pairs * kPairRows * kActivationGroup) * kActivationGroup);
     for (std::int32_t row = 0; row < job.x.batch; row += chunk) {
       const std::int32_t batch = std::min(chunk, job.x.batch - row);
       std::fill_n(lanes, batch * stage.pairs * kPairRows, 0.0f);

@@ -38,12 +38,12 @@ enum {
 
 typedef enum vq_status {
   VQ_OK = 0,
-  VQ_ERR_NULL = 1,       /* a required pointer is NULL */
-  VQ_ERR_SHAPE = 2,      /* a size is out of range or one that the kernels do not take */
-  VQ_ERR_ISA = 3,        /* unknown tier, or one this CPU or this build cannot run */
-  VQ_ERR_NONFINITE = 4,  /* an activation is NaN or infinite */
-  VQ_ERR_MEMORY = 5,     /* allocation or thread creation failed */
-  VQ_ERR_FORKED = 6      /* the pool was created before a fork; its threads are gone */
+  VQ_ERR_NULL = 1,      /* a required pointer is NULL */
+  VQ_ERR_SHAPE = 2,     /* a size is out of range or one that the kernels do not take */
+  VQ_ERR_ISA = 3,       /* unknown tier, or one this CPU or this build cannot run */
+  VQ_ERR_NONFINITE = 4, /* an activation is NaN or infinite */
+  VQ_ERR_MEMORY = 5,    /* allocation or thread creation failed */
+  VQ_ERR_FORKED = 6     /* the pool was created before a fork; its threads are gone */
 } vq_status;
 
 /* Instruction-set tiers, slowest first. All tiers give bit-identical results. */
@@ -103,13 +103,13 @@ enum {
   VQ_MATRIX_MAX_CODES = 65536
 };
 
-/* One part: some outputs (rows), of all columns. group_size: columns per scale, 32, 64, a multiple of
- * 128, or 0 for one group; G = number of groups.
+/* One part: some outputs (rows), of all columns. group_size: columns per scale, 32, 64, a multiple
+ * of 128, or 0 for one group; G = number of groups.
  *
  * With extends_columns a part covers the columns behind those of the part before it, in the same
- * rows; both are VQ. y is the sum over the parts of a row, in order. Groups of 128 columns that share
- * an activation scale begin anew with every such part. Where there are any, all rows of the matrix
- * are cut at the same columns.
+ * rows; both are VQ. y is the sum over the parts of a row, in order. Groups of 128 columns that
+ * share an activation scale begin anew with every such part. Where there are any, all rows of the
+ * matrix are cut at the same columns.
  *
  * GRID   codes: int32 [ceil(in * bits / 32)][out], every output's codes one bit stream, lowest bit
  *        first; or, with codes_are_bytes, uint8 [in][out]. zeros: uint8 [G][out], NULL for
@@ -144,9 +144,9 @@ typedef struct vq_matrix_part {
   const uint16_t *codebooks[2];
 } vq_matrix_part;
 
-/* What happens to x before the weights see it, and to y after; every pointer may be NULL. Column j of
- * the weights reads x[permutation[j]] * column_scales[permutation[j]]; sum_i x[i] * column_bias[i] is
- * added to every output, then row_bias [out of all parts]. */
+/* What happens to x before the weights see it, and to y after; every pointer may be NULL. Column j
+ * of the weights reads x[permutation[j]] * column_scales[permutation[j]];
+ * sum_i x[i] * column_bias[i] is added to every output, then row_bias [out of all parts]. */
 typedef struct vq_matrix_transform {
   const int32_t *permutation;
   const float *column_scales;

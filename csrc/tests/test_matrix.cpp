@@ -160,7 +160,8 @@ Layer make_vq(std::int32_t length, std::vector<std::int32_t> sizes, std::int32_t
 }
 
 // One row of activations to int8, by the formula of the header.
-void quantize(const std::vector<float> &x, std::vector<std::int8_t> &q, std::vector<float> &scales) {
+void quantize(const std::vector<float> &x, std::vector<std::int8_t> &q,
+              std::vector<float> &scales) {
   for (std::size_t begin = 0, g = 0; begin < x.size(); begin += kActivationGroup, ++g) {
     const std::size_t end = std::min<std::size_t>(x.size(), begin + kActivationGroup);
     float largest = 0.0f;
