@@ -32,6 +32,8 @@ _T = TypeVar("_T")
 SIDE, CROP_SIDE = 256, 32
 MIN_ROUNDS = 100
 _WARM_UP = 3
+# Milliseconds at the 95th percentile that a 256x256 frame may take on one core.
+TARGETS = {"encode": 15.0, "decode": 5.0}
 # About the middle of each format's useful range; time depends on it little.
 _QUALITY = {"jpeg": 30, "webp": 30, "avif": 30, "jxl": 30}
 
@@ -183,8 +185,29 @@ def _section(timings: Sequence[Timing]) -> str:
         "## Time of one frame",
         f"One synthetic 256x256 picture (sign models: 32x32), {timings[0].rounds} rounds in turns. "
         f"{conditions}",
+        _verdict(timings),
         markdown_table(_HEADER, rows),
     ))  # fmt: skip
+
+
+def _verdict(timings: Sequence[Timing]) -> str:
+    """Which of the targets are met, by the worst of our frames."""
+    parts = []
+    for operation, limit in TARGETS.items():
+        found = [
+            timing.p95_ms
+            for timing in timings
+            if timing.operation == operation
+            and timing.contender.startswith("scq ")
+            and timing.contender.endswith(f", {SIDE}x{SIDE}")
+        ]
+        if found:
+            met = "met" if max(found) <= limit else "missed"
+            parts.append(
+                f"{operation} within {limit:g} ms p95: **{met}**, {min(found):.1f} to "
+                f"{max(found):.1f} ms"
+            )
+    return f"Targets on one core, {SIDE}x{SIDE}: {'; '.join(parts) or 'no such frame here'}."
 
 
 _HEADER = ("contender", "operation", "p50 ms", "p95 ms", "bytes")

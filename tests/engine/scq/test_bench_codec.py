@@ -46,3 +46,19 @@ def test_timings_are_written_as_json(
     bench_codec.main(["--json", str(tmp_path / "codec.json"), "--report", str(page)])
     assert "| scq tiny | encode | 1.00 | 2.00 | 30 |" in page.read_text()
     assert json.loads((tmp_path / "codec.json").read_text())[0]["p95_ms"] == 2.0
+
+
+def test_targets_are_judged_by_the_worst_frame() -> None:
+    def timing(contender: str, operation: str, p95_ms: float) -> bench_codec.Timing:
+        return bench_codec.Timing(contender, operation, 1.0, p95_ms, 30, 100)
+
+    timings = [
+        timing("scq nav raw, 256x256", "encode", 11.0),
+        timing("scq food rans, 256x256", "encode", 14.9),
+        timing("scq sign32 raw, 32x32", "encode", 99.0),
+        timing("avif q30, 256x256", "encode", 99.0),
+        timing("scq nav raw, 256x256", "decode", 5.1),
+    ]
+    verdict = bench_codec._verdict(timings)
+    assert "encode within 15 ms p95: **met**, 11.0 to 14.9 ms" in verdict
+    assert "decode within 5 ms p95: **missed**, 5.1 to 5.1 ms" in verdict
