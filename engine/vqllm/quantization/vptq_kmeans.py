@@ -11,7 +11,7 @@ from torch import Tensor
 
 VECTORS_PER_CENTROID = 64
 MIN_SAMPLES, MAX_SAMPLES = 16_384, 262_144
-_BLOCK_SCORES = 1 << 23
+_BLOCK_SCORES = 1 << 18  # a megabyte, which stays in the cache of a core
 _ROUNDS_OF_START = 256
 
 
@@ -40,11 +40,21 @@ def assign(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     scores, indices = [], []
     for start in range(0, len(vectors), step):
         block = vectors[start : start + step]
-        lowest = torch.addmm(norms, block, centroids.T, alpha=-2).min(1)
-        scores.append(lowest.values)
-        indices.append(lowest.indices)
+        found = torch.addmm(norms, block, centroids.T, alpha=-2)
+        indices.append(lowest(found))
+        scores.append(found.gather(1, indices[-1][:, None])[:, 0])
     distances = torch.cat(scores) + vectors.square().sum(1)
     return torch.cat(indices), distances.clamp_(min=0)
+
+
+def lowest(scores: Tensor) -> Tensor:
+    """Column (n,) int64 of the least entry of every row (n, k), the first among equals.
+
+    numpy compares a register at a time where torch goes entry by entry: a tenth of the time.
+    """
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmin(1))
+    return scores.argmin(1)
 
 
 def _sample(
@@ -66,14 +76,14 @@ def _start(
     Large codebooks draw a few at a time; that costs little quality and saves most of the passes.
     """
     per_round = max(1, num_centroids // _ROUNDS_OF_START)
-    chosen = vectors[_draw(weights, 1, generator)]
-    distances = (vectors - chosen).square().sum(1)
+    rows, chosen = vectors.T.contiguous(), [_draw(weights, 1, generator)]
+    distances = (rows - rows[:, chosen[0]]).square_().sum(0)
     while len(chosen) < num_centroids:
         count = min(per_round, num_centroids - len(chosen))
-        new = vectors[_draw(weights * distances, count, generator)]
-        chosen = torch.cat([chosen, new])
-        distances = torch.minimum(distances, assign(vectors, new)[1])
-    return chosen
+        for index in _draw(weights * distances, count, generator)[:, None]:
+            chosen.append(index)
+            torch.minimum(distances, (rows - rows[:, index]).square_().sum(0), out=distances)
+    return vectors[torch.cat(chosen)]
 
 
 def _draw(odds: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqllm.quantization.vptq_kmeans import lowest
+
 Codes = tuple[Tensor, Tensor | None]
 
 
@@ -57,7 +59,7 @@ class Searcher:
         scores = torch.addmm(self._main_norms, vectors, self._main_t, alpha=-2)
         self._forget_padding(scores, table.main)
         if table.residual is None:
-            main = scores.argmin(1)
+            main = lowest(scores)
             return (main, None), table.main[main].reshape(-1)[: self._num_rows]
         main, residual = self._search_pairs(vectors, scores, table.residual)
         found = table.main[main] + table.residual[residual]
@@ -84,11 +86,11 @@ class Searcher:
         pair_scores = torch.addmm(self._residual_norms, flat, self._residual_t, alpha=-2)
         if self._padding:
             pair_scores[-self._beam :] -= residuals[:, -self._padding :].square().sum(1)
-        lowest = pair_scores.min(1)
-        totals = lowest.values.view(-1, self._beam) + rest.square().sum(2)
-        winner = totals.argmin(1, keepdim=True)
+        entries = lowest(pair_scores)
+        nearest = pair_scores.gather(1, entries[:, None]).view(-1, self._beam)
+        winner = lowest(nearest + rest.square().sum(2))[:, None]
         main = best.indices.gather(1, winner)[:, 0]
-        return main, lowest.indices.view(-1, self._beam).gather(1, winner)[:, 0]
+        return main, entries.view(-1, self._beam).gather(1, winner)[:, 0]
 
 
 def padded_rows(num_rows: int, vector_length: int) -> int:
