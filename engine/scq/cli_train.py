@@ -18,7 +18,7 @@ from scq.training import TrainOptions, TrainProgress, TrainResult, train
 from scq.training_config import PRESETS, TrainConfig, reference_of
 from scq.training_losses import Features
 from scq.training_parallel import choose_device, current_team, process_group
-from scq.training_tables import TableData, add_tables
+from scq.training_tables import TableData, add_tables, take_tables
 
 
 def train_command(
@@ -73,9 +73,13 @@ def train_command(
     if not settings.coded:
         typer.echo(f"{name}, validation accuracy {result.validation_accuracy:.2%}")
         return
-    typer.echo("fitting entropy tables", err=True)
-    clips = tuple(load_images([clip]) for clip in video or ())
-    model_hash = add_tables(result.model_path, TableData(pictures, clips))
+    model_hash = None
+    if settings.keeps_codes and start is not None:
+        model_hash = take_tables(result.model_path, start)
+    if model_hash is None:
+        typer.echo("fitting entropy tables", err=True)
+        clips = tuple(load_images([clip]) for clip in video or ())
+        model_hash = add_tables(result.model_path, TableData(pictures, clips))
     typer.echo(f"{name} ({model_hash[:8]})")
 
 

@@ -111,6 +111,11 @@ class TrainConfig:
         return self._head_end + self.polish_steps
 
     @property
+    def keeps_codes(self) -> bool:
+        """Whether pictures are coded as by the model that the run starts from."""
+        return self.coded and self._lattice_end == 0
+
+    @property
     def _lattice_end(self) -> int:
         return self.identity_steps + self.soft_steps + self.lattice_steps
 

@@ -49,6 +49,17 @@ def add_tables(path: Path, data: TableData) -> str:
     """Fit tables for the model file and store them in it; returns the new model id."""
     model = load_model(path)
     model.entropy_tensors = fit_model_tables(model, data).to_tensors()
+    return _replace_model(path, model)
+
+
+def take_tables(path: Path, source: Path) -> str | None:
+    """Store `source`'s tables in the model file that codes alike; None where it has none."""
+    model = load_model(path)
+    model.entropy_tensors = load_model(source).entropy_tensors
+    return _replace_model(path, model) if model.entropy_tensors else None
+
+
+def _replace_model(path: Path, model: ScqAutoencoder) -> str:
     partial = path.with_suffix(".partial")
     model_hash = save_model(model, partial)
     partial.replace(path)

@@ -17,7 +17,7 @@ from scq.cli import app
 from scq.data import CropConfig
 from scq.images import read_image, write_png
 from scq.metrics import psnr_db
-from scq.model import ScqAutoencoder, save_model
+from scq.model import ScqAutoencoder, load_model, save_model
 from scq.training_config import TrainConfig
 
 Pixels = NDArray[np.uint8]
@@ -132,6 +132,32 @@ def test_train_writes_a_model_that_encodes(
     codes = tmp_path / "out.scq"
     encoded = scq("encode", picture_file, "-o", codes, "-m", run / "model.safetensors")
     assert encoded.exit_code == 0, encoded.output
+
+
+def test_train_goes_on_from_a_model_and_keeps_its_tables(
+    tmp_path: Path, make_model: MakeModel, picture_file: Path
+) -> None:
+    config = TrainConfig(
+        model=make_model("mini").config, crop=CropConfig(size=16), identity_steps=0, soft_steps=0,
+        lattice_steps=0, finetune_steps=0, polish_steps=1, bfloat16=False, hold_out="none",
+    )  # fmt: skip
+    (tmp_path / "polish.json").write_text(config.to_json())
+    model = make_model("mini")
+    path, run = tmp_path / "model.safetensors", tmp_path / "run"
+    command = ("train", tmp_path / "polish.json", "--data", picture_file, "-o", run)
+    assert "identity_steps is 0" in refusal(*command)
+    save_model(model, path)
+    fitted = scq(*command, "--start", path)
+    assert fitted.exit_code == 0, fitted.output
+    assert "fitting entropy tables" in fitted.stderr
+    kept = scq(*command[:-1], tmp_path / "again", "--start", run / "model.safetensors")
+    assert kept.exit_code == 0, kept.output
+    assert "fitting entropy tables" not in kept.stderr
+    first, second = (
+        load_model(folder / "model.safetensors").entropy_tensors
+        for folder in (run, tmp_path / "again")
+    )
+    assert all(first[name].equal(second[name]) for name in first)
 
 
 def test_models_lists_the_shipped_ones() -> None:
