@@ -117,6 +117,8 @@ class CudaWeights(ABC):
             raise ShapeError(
                 f"x is {x.dtype} {tuple(x.shape)}, expected float16 (rows, {self.in_features})"
             )
+        if not len(x):  # an expert without tokens
+            return self.gpu.empty(0, self.out_features)
         x = self.prepare(x).contiguous()
         if choice.kind == "torch":
             return x[:, : self.in_features] @ self.dequantize().T

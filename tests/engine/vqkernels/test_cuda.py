@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from vqkernels.cuda import (
     Gpu,
     TrellisArrays,
     TrellisWeights,
+    bench,
     driver,
     kernel_sources,
     open_gpu,
@@ -112,7 +114,6 @@ def test_without_a_driver_the_reason_is_named() -> None:
 
 @pytest.fixture
 def emulated(emulated_driver: ctypes.CDLL) -> Gpu:
-    emulated_gpu.launches(emulated_driver)
     return emulated_gpu.open_gpu()
 
 
@@ -224,6 +225,28 @@ def test_what_has_no_kernel_is_refused(emulated: Gpu) -> None:
     fine = GptqWeights(emulated, GptqArrays(np.zeros((4, 8), np.int32), scales, None, 4, 32))
     with pytest.raises(ShapeError, match="expected float16"):
         fine.linear(torch.zeros(1, 32))
+
+
+def test_the_benchmark_reports_what_is_wrong(
+    emulated: Gpu, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = list(check_sample(emulated, "a grid", gptq_sample((8, 64), 4, 32), (1, 9)))
+    assert bench.report_checks(checks)
+    broken = replace(checks[0], relative_error=float("nan"))
+    assert not bench.report_checks([broken, *checks[1:]])
+    assert "| a grid | 8 x 64 | nan WRONG | gemv1 | 1 |" in capsys.readouterr().out
+
+
+def test_the_benchmark_repeats_layers_elsewhere_in_memory(emulated: Gpu) -> None:
+    weights = codebook_sample((16, 64), 8, 2, 256).weights(emulated)
+    twin = bench.duplicate(weights)
+    assert bench.packed_bytes(twin) == 2 * 2 * 64 + 2 * 256 * 8 * 2
+    x = torch.randn(3, 64).half()
+    expected = weights.linear(x)
+    for value in vars(weights).values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    assert torch.equal(twin.linear(x), expected)
 
 
 # ---- on a GPU ----

@@ -62,6 +62,18 @@ def test_without_a_gpu_the_executor_says_so(tiny_folder: Path) -> None:
         make_executor(Checkpoint(tiny_folder), "cuda", EngineConfig())
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_an_expert_may_have_no_tokens(emulated_driver: ctypes.CDLL, rows: int) -> None:
+    linear = grouped()
+    matrices = {"mlp.experts.0.up_proj": cuda.upload(emulated_gpu.open_gpu(), linear)}
+    block = cuda.CudaBlock(torch.ones(1), torch.ones(1), {}, matrices=matrices)
+    x = torch.randn(rows, 128)
+    outputs = block.project("mlp.experts.0.up_proj", x)
+    assert outputs.shape == (rows, 32)
+    expected = x @ torch.from_numpy(linear.dequantize()).T
+    assert (outputs - expected).norm() <= 3e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("num_centroids", [256, 1024])
 def test_a_smaller_residual_codebook_has_a_kernel(
     emulated_driver: ctypes.CDLL, num_centroids: int

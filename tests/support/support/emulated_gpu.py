@@ -35,6 +35,7 @@ def install(library: Path, patch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """Put the driver in the place of libcuda.so.1."""
     loaded = ctypes.CDLL(str(library))
     loaded.cuInit(0)
+    launches(loaded)
     patch.setattr(driver, "_driver", lambda: loaded)
     return loaded
 

@@ -51,7 +51,8 @@ class CudaBlock(BlockWeights):
         if matrix is None:
             return super().project(part, inputs)
         rows = inputs.reshape(-1, inputs.shape[-1]).half()
-        outputs = matrix.linear(rows).to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        outputs = matrix.linear(rows).to(inputs.dtype)
+        outputs = outputs.view(*inputs.shape[:-1], matrix.out_features)
         bias = self.biases.get(part)
         return outputs if bias is None else outputs + bias
 
