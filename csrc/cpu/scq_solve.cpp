@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -12,8 +13,6 @@
 
 namespace {
 
-// Larger supports are left to the caller; 24 latents of 320 codes by 320 are 63 MiB.
-constexpr std::int32_t kMaxCapacity = 320;
 // Beyond Caratheodory's features + 1: what lam > 0 adds.
 constexpr std::int32_t kSpareSupport = 32;
 constexpr double kRidge = 1e-11;
@@ -133,25 +132,27 @@ class Codebook {
   std::vector<float> panels_, rows_, half_norms_, no_norms_;
 };
 
-// One thread's memory.
+// One thread's memory: what scq_solve_tier.hpp places there. 24 latents of 320 codes by 320 are
+// 63 MiB, but only the exact active set touches most of it, hence nothing is cleared.
 class Workspace {
  public:
   Workspace(const vq::ScqCodebook &book, std::int64_t latents) {
     const std::int64_t cap = book.capacity;
     const std::int64_t wide = book.features;
     const std::int64_t features = book.given->num_features;
-    const std::int64_t per_latent = (features + 1) * vq::kScqCandidates + features + book.padded;
-    doubles_.resize(static_cast<std::size_t>(latents * (cap * wide + 2 * cap * cap + 7 * cap + 4 * wide)));
-    floats_.resize(static_cast<std::size_t>(latents * per_latent));
-    integers_.resize(static_cast<std::size_t>(latents * (2 * cap + vq::kScqCandidates)));
+    const std::int64_t per_latent = vq::kScqGuessRows + (features + 1) * vq::kScqCandidates;
+    const std::int64_t shared = features + book.padded;
+    doubles_.reset(new double[latents * (cap * wide + 2 * cap * cap + 7 * cap + 4 * wide)]);
+    floats_.reset(new float[latents * (per_latent + shared) + features * vq::kScqGuess]);
+    integers_.reset(new std::int32_t[latents * 2 * cap]);
   }
 
-  vq::ScqWorkspace view() { return {doubles_.data(), floats_.data(), integers_.data()}; }
+  vq::ScqWorkspace view() { return {doubles_.get(), floats_.get(), integers_.get()}; }
 
  private:
-  std::vector<double> doubles_;
-  std::vector<float> floats_;
-  std::vector<std::int32_t> integers_;
+  std::unique_ptr<double[]> doubles_;
+  std::unique_ptr<float[]> floats_;
+  std::unique_ptr<std::int32_t[]> integers_;
 };
 
 // Splits latents over the pool's threads, whole blocks each.
@@ -196,7 +197,7 @@ class Split {
 };
 
 std::int32_t largest_support(const vq_scq_problem &problem, std::int32_t max_support) {
-  const std::int32_t wanted = std::min(problem.num_features + kSpareSupport, kMaxCapacity);
+  const std::int32_t wanted = std::min(problem.num_features + kSpareSupport, vq::kScqMaxSupport);
   return std::min({wanted, problem.num_codes, max_support});
 }
 

@@ -9,7 +9,10 @@ namespace vq {
 
 constexpr std::int32_t kScqLanes = 16;       // codes per panel of the float32 scan
 constexpr std::int32_t kScqWide = 8;         // doubles per vector of the small systems
-constexpr std::int32_t kScqCandidates = 32;  // codes kept per latent by a scan, at most
+constexpr std::int32_t kScqCandidates = 32;  // codes that the exact active set keeps in view
+constexpr std::int32_t kScqGuess = 64;       // codes that a guess takes in, at most
+constexpr std::int32_t kScqGuessRows = (kScqGuess + 1) * kScqGuess;
+constexpr std::int32_t kScqMaxSupport = 320;  // larger ones are left to the caller
 constexpr std::int32_t kScqBlock = 24;       // latents scanned together
 
 // One codebook in solver units: codes c = (given - centre) * inverse_radius, so that |c| <= 1.
@@ -31,17 +34,11 @@ struct ScqCodebook {
   std::int32_t features;  // num_features up to a multiple of kScqWide
 };
 
-// Doubles and floats that one thread works in, and how many of each there must be.
+// Numbers that one thread works in, see Workspace in scq_solve.cpp.
 struct ScqWorkspace {
   double *doubles;
   float *floats;
   std::int32_t *integers;
-};
-
-struct ScqWorkspaceSize {
-  std::int64_t doubles;
-  std::int64_t floats;
-  std::int64_t integers;
 };
 
 struct ScqOps {
