@@ -122,7 +122,12 @@ class QuantizeJob:
         config = TuningConfig(self.config.tune_steps, recompute=recompute, seed=self.config.seed)
         linears = {name: part.linear for name, part in parts.items()}
         windows = self.windows if self.more_windows is None else self.more_windows
-        result = tune(self.source, linears, windows, config, report, workers)
+
+        def release(step: TuningStep) -> None:
+            self.checkpoint.store.release()  # pages of the file count as memory
+            report(step)
+
+        result = tune(self.source, linears, windows, config, release, workers)
         return {
             name: QuantizedPart(name, result.linears[name], part.relative_error, part.damping)
             for name, part in parts.items()

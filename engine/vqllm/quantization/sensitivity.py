@@ -101,8 +101,9 @@ class _Measurement:
         entries, hidden = self._forward()
         gradient = self._output_gradients(hidden)
         found: dict[str, float] = {}
-        for layer in reversed(range(self._source.config.num_layers)):
-            watch = self._watch(layer, entries.pop(), gradient)
+        layers = range(self._source.config.num_layers)[::-1]
+        for weights in self._workers.map(self._block, layers):
+            layer, watch = weights.layer, self._watch(weights, entries.pop(), gradient)
             for part, value in watch.sensitivities(self._config.damping, self._workers).items():
                 found[f"model.layers.{layer}.{part}"] = value
         return {name: found[name] for name in self._source.linear_names()}
@@ -116,9 +117,9 @@ class _Measurement:
         """What enters every block, and what leaves the last one, (windows, t, d) float32."""
         with torch.no_grad():
             hidden, entries = self._source.embed(self._tokens).clone(), []
-            for layer in range(self._source.config.num_layers):
+            layers = range(self._source.config.num_layers)
+            for weights in self._workers.map(self._block, layers):  # reads ahead
                 entries.append(hidden.clone())
-                weights = self._block(layer)
 
                 def advance(row: Tensor, weights: BlockWeights = weights) -> None:
                     row.copy_(forward_block(row, weights, self._source.config, self._rotary))
@@ -135,9 +136,8 @@ class _Measurement:
         found = self._workers.map(lambda pair: _output_gradient(head, *pair), work)
         return torch.stack(list(found))
 
-    def _watch(self, layer: int, entries: Tensor, gradient: Tensor) -> _Watch:
+    def _watch(self, weights: BlockWeights, entries: Tensor, gradient: Tensor) -> _Watch:
         """Go backwards through a block: `gradient` becomes that by its input."""
-        weights = self._block(layer)
 
         def back(window: int) -> _Watch:
             watch = _Watch(weights)

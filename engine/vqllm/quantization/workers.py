@@ -73,7 +73,7 @@ class Workers:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                if len(waiting) > self.count:
+                if len(waiting) == self.count:
                     yield waiting.popleft().result()
                 waiting.append(self._pool.submit(_run, function, item, has_gradients))
             while waiting:

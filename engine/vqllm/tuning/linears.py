@@ -176,7 +176,7 @@ class CodebookCore(Core):
 
 def _lookups(linear: VptqLinear) -> list[_Lookup]:
     def as_index(indices: NDArray[np.uint16]) -> Tensor:
-        return torch.from_numpy(indices.astype(np.int64))
+        return torch.from_numpy(indices.astype(np.int32))
 
     found, start = [], linear.spec.num_outliers
     if linear.outlier_indices is not None:

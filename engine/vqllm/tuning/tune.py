@@ -25,6 +25,7 @@ from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import CalibrationError, InvalidConfig
 from vqllm.output_head import OutputHead
 from vqllm.quantization.base import QuantizedLinear
+from vqllm.quantization.memory import trim_heap
 from vqllm.quantization.workers import Workers, one_thread_each
 from vqllm.sources import WeightSource
 from vqllm.tuning.loss import divergence
@@ -246,8 +247,7 @@ class _Targets:
         with torch.no_grad():
             self._normed = source.embed(self._tokens).clone()
             rows = torch.split(self._normed, 2)
-            for layer in range(source.config.num_layers):
-                weights = source.block(layer)
+            for weights in workers.map(source.block, range(source.config.num_layers)):
                 weights.to(device, dtype)
                 forward = partial(
                     forward_block, weights=weights, config=source.config, rotary=rotary
@@ -328,6 +328,7 @@ class _Run:
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+        trim_heap()
         return total
 
     def _gradients(
