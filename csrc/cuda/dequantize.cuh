@@ -7,9 +7,7 @@
 namespace vq {
 
 template <typename Tiles>
-constexpr int dequantize_bytes() {
-  return 2 * Tiles::kPackedBytes + TileShape<Tiles::kByInput>::kBytes;
-}
+constexpr int kDequantizeBytes = 2 * Tiles::kPackedBytes + TileShape<Tiles::kByInput>::kBytes;
 
 template <typename Tiles>
 VQ_INLINE void store_tile(const Tiles &tiles, int input, const __half *tile, __half *weights) {
@@ -27,7 +25,7 @@ VQ_INLINE void store_tile(const Tiles &tiles, int input, const __half *tile, __h
 }
 
 // Grid: blocks of outputs, slices of the inputs. `shared` is what the tables leave, aligned to 16
-// bytes: dequantize_bytes<Tiles>() of it.
+// bytes: kDequantizeBytes<Tiles> of it.
 template <typename Tiles>
 VQ_INLINE void dequantize(Tiles tiles, __half *weights, unsigned char *shared) {
   const auto packed = [=](int tile) { return shared + tile % 2 * Tiles::kPackedBytes; };

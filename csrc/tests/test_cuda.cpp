@@ -117,7 +117,7 @@ struct Tiled {
   Tiled<decltype(&vq_##FORMAT##_gemm16), decltype(&vq_##FORMAT##_dequantize)> {                 \
     vq_##FORMAT##_gemm16, vq_##FORMAT##_gemm32, vq_##FORMAT##_gemm64, vq_##FORMAT##_dequantize, \
         vq::Gemm<16, __VA_ARGS__>::kSharedBytes, vq::Gemm<32, __VA_ARGS__>::kSharedBytes,       \
-        vq::Gemm<64, __VA_ARGS__>::kSharedBytes, vq::dequantize_bytes<__VA_ARGS__>(),           \
+        vq::Gemm<64, __VA_ARGS__>::kSharedBytes, vq::kDequantizeBytes<__VA_ARGS__>,             \
         __VA_ARGS__::kByInput                                                                   \
   }
 

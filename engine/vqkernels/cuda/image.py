@@ -119,8 +119,8 @@ def compile_nvrtc(sources: Path, capability: tuple[int, int]) -> bytes:
     Raises:
         NativeUnavailableError: no NVRTC or no CUDA headers were found, or it refused the sources.
     """
-    library = ctypes.CDLL(str(_find_nvidia_file("libnvrtc.so*")))
-    headers = _find_nvidia_file("cuda_fp16.h").parent
+    found, headers = find_nvrtc()
+    library = ctypes.CDLL(str(found))
     options = [
         f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
         "--std=c++17",
@@ -140,6 +140,15 @@ def compile_nvrtc(sources: Path, capability: tuple[int, int]) -> bytes:
         return _nvrtc_output(library, program, "CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def find_nvrtc() -> tuple[Path, Path]:
+    """The NVRTC library and the folder of CUDA's headers.
+
+    Raises:
+        NativeUnavailableError: one of them is not there.
+    """
+    return _find_nvidia_file("libnvrtc.so*"), _find_nvidia_file("cuda_fp16.h").parent
 
 
 def _nvrtc_output(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:

@@ -37,11 +37,11 @@ from vqkernels.cuda import (
 )
 from vqkernels.cuda.check import check_sample
 from vqkernels.cuda.codebook import pack_indices
-from vqkernels.cuda.image import compile_nvcc, find_nvcc
+from vqkernels.cuda.image import compile_nvcc, compile_nvrtc, find_nvcc, find_nvrtc
 from vqkernels.cuda.samples import codebook_sample, gptq_sample, odd_samples, trellis_sample
 from vqkernels.cuda.trellis import pack_streams
 from vqkernels.cuda.weights import MAX_GEMM_ROWS, Choice
-from vqkernels.errors import LayoutError, ShapeError
+from vqkernels.errors import LayoutError, NativeUnavailableError, ShapeError
 
 MAX_REGISTERS = 168  # one block of 256 threads per multiprocessor at the very least
 MAX_TILED_REGISTERS = {"gptq": 128, "codebook": 128, "large": 128, "trellis": 168}
@@ -69,6 +69,16 @@ def test_every_kernel_compiles_for_both_architectures_without_spills() -> None:
     for (family, rest, _), registers in zip(kernels, used, strict=True):
         if "gemm" in rest or "dequantize" in rest:
             assert registers <= MAX_TILED_REGISTERS[family], f"vq_{family}{rest}"
+
+
+@pytest.mark.slow
+def test_nvrtc_compiles_the_same_sources() -> None:
+    """NVRTC takes no host functions and no C++ library, which nvcc would let pass."""
+    try:
+        find_nvrtc()
+    except NativeUnavailableError:
+        pytest.skip("NVRTC is not installed")
+    assert compile_nvrtc(kernel_sources(), (9, 0)).startswith(b"\x7fELF")
 
 
 @pytest.mark.slow
