@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vqkernels import NativeUnavailableError, native_status
+from vqkernels import NativeUnavailableError
 from vqkernels.trellis import Sweep, sweep_trellis
 from vqllm.errors import InvalidConfig
 from vqllm.quantization import trellis, trellis_search
@@ -28,15 +27,9 @@ from vqllm.quantization.trellis import (
     states_of,
 )
 
+pytestmark = pytest.mark.usefixtures("native_encoder")
+
 SIZES = [(bits, trellis_bits) for bits in range(1, 6) for trellis_bits in (10, 13)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def native() -> None:
-    """The encoder is native; skip where nothing could be built."""
-    status = native_status()
-    if not status.available and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip(status.reason)
 
 
 def make_codebook(bits: int, trellis_bits: int) -> TrellisCodebook:
