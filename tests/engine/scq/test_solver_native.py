@@ -104,6 +104,18 @@ def test_any_start_leads_to_the_same_answer() -> None:
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.1])
+@pytest.mark.parametrize("width", [40, 70])
+def test_a_long_start_is_solved_without_falling_back(width: int, lam: float) -> None:
+    latents, codebook = random_problem(13, 443, 39)
+    generator = torch.Generator().manual_seed(2)
+    starts = torch.randint(-1, 443, (13, width), generator=generator)
+    warm = native.solve(latents, codebook, SolverConfig(lam=lam), starts)
+    cold = native.solve(latents, codebook, SolverConfig(lam=lam))
+    assert warm.fallback_count == cold.fallback_count == 0
+    torch.testing.assert_close(warm.quantized, cold.quantized, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.1])
 def test_duplicate_and_collinear_codes_are_solved_all_the_same(lam: float) -> None:
     latents, codebook = random_problem(20, 10, 3)
     line = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * codebook[:1]
