@@ -22,6 +22,7 @@ from vqllm.decoder.weights import BlockWeights
 from vqllm.errors import UnsupportedModel
 from vqllm.output_head import OutputHead
 from vqllm.quantization.base import QuantizedLinear
+from vqllm.quantization.memory import trim_heap
 from vqllm.quantization.workers import Workers
 from vqllm.sources import WeightSource
 from vqllm.tuning.linears import Tunable, TunableLinear
@@ -96,6 +97,7 @@ class Student:
             norm = Tunable(_norm(block, name).cpu().numpy())
             norm.to(self._device)
             self.norms[f"{prefix}.{name}.weight"] = norm
+        trim_heap()  # codes were unpacked into several times their size
         return block
 
     @property

@@ -253,6 +253,7 @@ class _Targets:
                     forward_block, weights=weights, config=source.config, rotary=rotary
                 )
                 workers.run(partial(advance, block=forward), rows)
+                trim_heap()
             workers.run(partial(advance, block=head.normed), rows)
 
     def tokens(self, index: int) -> Tensor:
@@ -286,7 +287,9 @@ class _Judge:
         student.begin()
         with torch.no_grad():
             found = self._workers.map(partial(self.divergence, student), rows[:, None])
-            return sum(map(float, found)) / len(rows)
+            total = sum(map(float, found))
+        trim_heap()
+        return total / len(rows)
 
 
 class _Run:
@@ -328,7 +331,7 @@ class _Run:
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-        trim_heap()
+            trim_heap()  # threads keep what they freed to themselves
         return total
 
     def _gradients(
