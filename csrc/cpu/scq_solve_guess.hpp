@@ -321,7 +321,8 @@ Guessed guess_with(const ScqCodebook &book, Latent &s, float *table) {
   for (std::int32_t i = 0; i < guess.size(); ++i) {
     sum += static_cast<double>(guess.weight(i));
   }
-  if (!(sum > 0.9 && sum < 1.1) || (guess.pivots() == 0 && s.rounds > 0)) {
+  const bool fits = guess.size() <= book.capacity;
+  if (!fits || !(sum > 0.9 && sum < 1.1) || (guess.pivots() == 0 && s.rounds > 0)) {
     return Guessed::kStuck;
   }
   ++s.rounds;
