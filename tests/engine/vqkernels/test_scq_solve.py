@@ -133,6 +133,14 @@ def test_iterations_that_run_out_are_reported_per_latent() -> None:
     assert (hurried.sizes[hurried.unsolved] == 0).all()
 
 
+def test_supports_larger_than_the_tables_are_left_unsolved() -> None:
+    latents, codebook = arrays(48, 150, 1, seed=8)
+    solution = solve(ScqProblem(latents, codebook, lam=3.0, objective="ridge"))
+    assert solution.unsolved.any()
+    assert (solution.sizes[solution.unsolved] == 0).all()
+    assert (solution.sizes <= solution.weights.shape[1]).all()
+
+
 def test_unused_slots_are_code_zero_with_weight_zero() -> None:
     solution = solve(ScqProblem(*arrays(30, 40, 8, seed=7), lam=0.1))
     unused = np.arange(solution.weights.shape[1]) >= solution.sizes[:, None]
