@@ -133,7 +133,7 @@ class Codebook {
 };
 
 // One thread's memory: what scq_solve_tier.hpp places there. 24 latents of 320 codes by 320 are
-// 63 MiB, but only the exact active set touches most of it, hence nothing is cleared.
+// 63 MiB. Cleared: sums run over whole vectors, and what lies behind a support must be finite.
 class Workspace {
  public:
   Workspace(const vq::ScqCodebook &book, std::int64_t latents) {
@@ -142,9 +142,9 @@ class Workspace {
     const std::int64_t features = book.given->num_features;
     const std::int64_t per_latent = vq::kScqGuessRows + (features + 1) * vq::kScqCandidates;
     const std::int64_t shared = features + book.padded;
-    doubles_.reset(new double[latents * (cap * wide + 2 * cap * cap + 7 * cap + 4 * wide)]);
-    floats_.reset(new float[latents * (per_latent + shared) + features * vq::kScqGuess]);
-    integers_.reset(new std::int32_t[latents * 2 * cap]);
+    doubles_.reset(new double[latents * (cap * wide + 2 * cap * cap + 7 * cap + 4 * wide)]());
+    floats_.reset(new float[latents * (per_latent + shared) + features * vq::kScqGuess]());
+    integers_.reset(new std::int32_t[latents * 2 * cap]());
   }
 
   vq::ScqWorkspace view() { return {doubles_.get(), floats_.get(), integers_.get()}; }
