@@ -48,7 +48,7 @@ from scq.training_config import (
     with_classes,
 )
 from scq.training_log import LogRow, RunLog
-from scq.training_losses import Features, class_loss, feature_loss, picture_loss
+from scq.training_losses import Features, class_loss, feature_loss, mesh_loss, picture_loss
 from scq.training_parallel import choose_device, current_team
 
 _PIXEL_VARIANCE = 0.05
@@ -318,6 +318,7 @@ class Trainer:
         loss = picture_loss(decoded, target, config.saturation_weight) / _PIXEL_VARIANCE
         if config.feature_weight and self.features is not None:
             loss = loss + config.feature_weight * feature_loss(decoded, target, self.features)
+            loss = loss + config.mesh_weight * mesh_loss(decoded, target) / _PIXEL_VARIANCE
         return config.reconstruction_weight * loss
 
     def _recognition(self, quantized: Tensor, mixed: Mixed) -> _StepLosses:

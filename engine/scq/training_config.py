@@ -30,11 +30,11 @@ class TrainConfig:
     validation: "tail" in the given order (video), "random", or "none". `nested_dropout` is the
     share of pictures coded with fewer codes than the model allows, evenly among 1 to
     max_support - 1, in phase 3. `class_balance` repeats rare classes and `cutmix` is the share of
-    batches that are mixed, see `training_batches`; `saturation_weight` and `feature_weight` see
-    `training_losses`. `head_crop` replaces `crop` in phase 5. `bfloat16` runs convolutions in
-    bfloat16. With `coded` off, everything trains on unquantized latents in one long first phase:
-    the bound, and with no reconstruction weight the reference classifier. A run without identity
-    steps starts from a model and keeps its codebook.
+    batches that are mixed, see `training_batches`; `saturation_weight`, `feature_weight` and, with
+    the latter, `mesh_weight` see `training_losses`. `head_crop` replaces `crop` in phase 5.
+    `bfloat16` runs convolutions in bfloat16. With `coded` off, everything trains on unquantized
+    latents in one long first phase: the bound, and with no reconstruction weight the reference
+    classifier. A run without identity steps starts from a model and keeps its codebook.
 
     Raises:
         ScqError: a field out of range, naming it.
@@ -59,6 +59,7 @@ class TrainConfig:
     reconstruction_weight: float = 1.0
     saturation_weight: float = 0.0
     feature_weight: float = 0.0
+    mesh_weight: float = 0.0
     class_balance: float = 0.0
     cutmix: float = 0.0
     coded: bool = True
@@ -84,7 +85,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1)
         for name in ("soft_steps", "finetune_steps", "weight_decay", "commitment", "class_weight"):
             self._require(name, getattr(self, name) >= 0)
-        for name in ("reconstruction_weight", "saturation_weight", "feature_weight"):
+        for name in ("reconstruction_weight", "saturation_weight", "feature_weight", "mesh_weight"):
             self._require(name, getattr(self, name) >= 0)
         for name in ("class_balance", "cutmix"):
             self._require(name, 0 <= getattr(self, name) <= 1)

@@ -18,6 +18,9 @@ Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """A frozen network: pictures (B, 3, H, W) in [0, 1] -> features (B, C, ...), differentiable."""
 
 _TINY = 1e-6
+_MESH, _MESH_AREA = 4, 6
+# Every phase of a stride of eight.
+_MAX_SHIFT = 7
 
 
 def picture_loss(decoded: Tensor, target: Tensor, saturation_weight: float = 0.0) -> Tensor:
@@ -29,8 +32,26 @@ def picture_loss(decoded: Tensor, target: Tensor, saturation_weight: float = 0.0
     return (weight * (decoded - target).square()).mean() / weight.mean()
 
 
+def mesh_loss(decoded: Tensor, target: Tensor) -> Tensor:
+    """Mean square of the error that repeats every `_MESH` pixels over `_MESH_AREA` repeats.
+
+    A feature loss likes dots in place of texture, and squared error hardly sees them, being small
+    everywhere; but a pattern that repeats has an average, which true texture has not.
+    """
+    phases = functional.pixel_unshuffle(decoded - target, _MESH)
+    repeated = functional.avg_pool2d(phases, min(_MESH_AREA, *phases.shape[2:]), stride=1)
+    by_phase = repeated.reshape(len(decoded), 3, _MESH * _MESH, -1)
+    return functional.mse_loss(by_phase, by_phase.mean(dim=2, keepdim=True).expand_as(by_phase))
+
+
 def feature_loss(decoded: Tensor, target: Tensor, features: Features) -> Tensor:
-    """Mean squared distance of channel-normalised features, averaged over the layers given."""
+    """Mean squared distance of channel-normalised features, averaged over the layers given.
+
+    Both pictures lose up to `_MAX_SHIFT` rows and columns at random (torch's generator): looked at
+    from one origin only, a network with strides rewards a grid of dots in step with them.
+    """
+    top, left = torch.randint(0, _MAX_SHIFT + 1, (2,)).tolist()
+    decoded, target = (picture[..., top:, left:] for picture in (decoded, target))
     with torch.no_grad():
         wanted = _layers(features(target))
     pairs = zip(_layers(features(decoded.clamp(0, 1))), wanted, strict=True)

@@ -30,6 +30,7 @@ from scq.training import (
     with_classes,
 )
 from scq.training_log import LogRow, RunLog
+from scq.training_losses import mesh_loss
 from scq.training_parallel import choose_device
 
 TINY = TrainConfig(
@@ -393,3 +394,14 @@ def test_a_run_goes_on_from_a_model_and_changes_what_it_trains_only(tmp_path: Pa
     wider = replace(polish, model=replace(polish.model, denominator=8))
     with pytest.raises(ScqError, match="differs from the config in denominator"):
         train(wider, images, tmp_path / "third", options=options)
+
+
+def test_the_mesh_loss_sees_repeated_dots_and_no_noise() -> None:
+    target = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise = 0.05 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    dots = torch.zeros(1, 3, 64, 64)
+    dots[..., ::4, ::4] = 0.2  # the same mean square as the noise
+    assert float(dots.square().mean()) == pytest.approx(float(noise.square().mean()), rel=0.05)
+    assert mesh_loss(target + dots, target) > 10 * mesh_loss(target + noise, target)
+    assert mesh_loss(target + 0.1, target) < 1e-9
+    assert mesh_loss(target[..., :8, :8] + 0.1, target[..., :8, :8]) < 1e-9
