@@ -1,4 +1,4 @@
-"""What owns memory of the native library and gives it back by name or at the end of a block."""
+"""What owns memory or threads and gives them back by name or at the end of a block."""
 
 from __future__ import annotations
 

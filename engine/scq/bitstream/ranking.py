@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scq.bitstream.canonical import Latents, sort_slots
 from scq.bitstream.weights import check_profile, key, led_compositions, led_numbers
 from scq.lattice import LatticeCode
+from scq.subsets import binomials, subset_ranks, subsets_of
 
 Ints = NDArray[np.int64]
 Case = tuple[int, int]
@@ -43,11 +44,7 @@ class _Numbering:
 @functools.lru_cache(maxsize=16)
 def _numbering(code: LatticeCode) -> _Numbering:
     check_profile(code)
-    choose = np.zeros((code.num_codes + 1, code.max_support + 1), np.int64)
-    choose[:, 0] = 1
-    for m in range(1, code.max_support + 1):
-        # Pascal: C(x, m) = C(x-1, m) + C(x-1, m-1), summed over x.
-        choose[1:, m] = np.cumsum(choose[:-1, m - 1])
+    choose = binomials(code.num_codes, code.max_support)
     cases = tuple((t, u) for t in range(1, code.max_support + 1) for u in range(t))
     below = np.arange(code.num_codes)
     above = below[::-1]
@@ -100,8 +97,8 @@ def _rank_case(latents: Latents, t: int, u: int, code: LatticeCode) -> Ints:
     order = np.argsort(latents.indices[:, 1:t], axis=1, kind="stable") + 1
     others = np.take_along_axis(latents.indices, order, 1)
     weights = np.take_along_axis(latents.numerators, np.pad(order, ((0, 0), (1, 0))), 1)
-    below = _colex(others[:, :u], choose)
-    above = _colex(others[:, u:] - leads[:, None] - 1, choose)
+    below = subset_ranks(others[:, :u], choose)
+    above = subset_ranks(others[:, u:] - leads[:, None] - 1, choose)
     number = led_numbers(code.denominator, t, u)[key(weights, code.denominator)]
     places = choose[code.num_codes - 1 - leads, t - 1 - u]
     rank: Ints = (below * places + above) * len(led_compositions(code.denominator, t, u)) + number
@@ -115,22 +112,5 @@ def _unrank_case(leads: Ints, within: Ints, case: Case, code: LatticeCode) -> tu
     weights = np.array(led_compositions(code.denominator, t, u), np.int64)
     subsets, number = np.divmod(within, len(weights))
     below, above = np.divmod(subsets, choose[code.num_codes - 1 - leads, t - 1 - u])
-    higher = _uncolex(above, t - 1 - u, choose) + leads[:, None] + 1
-    return np.hstack((_uncolex(below, u, choose), higher)), weights[number]
-
-
-def _colex(ascending: Ints, choose: Ints) -> Ints:
-    """Rank of (N, m) ascending rows among m-subsets."""
-    terms: Ints = choose[ascending, np.arange(1, ascending.shape[1] + 1)]
-    total: Ints = terms.sum(1)
-    return total
-
-
-def _uncolex(ranks: Ints, size: int, choose: Ints) -> Ints:
-    """(N, size) ascending rows of the given ranks, largest element first by greedy search."""
-    chosen = np.empty((len(ranks), size), np.int64)
-    for m in range(size, 0, -1):
-        element = np.searchsorted(choose[:, m], ranks, side="right") - 1
-        ranks = ranks - choose[element, m]
-        chosen[:, m - 1] = element
-    return chosen
+    higher = subsets_of(above, t - 1 - u, choose) + leads[:, None] + 1
+    return np.hstack((subsets_of(below, u, choose), higher)), weights[number]

@@ -17,18 +17,14 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from scq.errors import CorruptCodes
 from scq.lattice import LatticeAssignment, LatticeCode
 from scq.quantizers.coding import Bools, Ints
-
-# int64, or Python integers where the ranks of a large code need more than 62 bits.
-Ranks = NDArray[Any]
+from scq.subsets import Ranks, binomials, subset_ranks, subsets_of
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,9 @@ def to_ranks(assignment: LatticeAssignment, code: LatticeCode) -> list[int]:
     sizes = (numerators > 0).sum(1)
     for size in range(1, code.max_support + 1):
         rows = np.flatnonzero(sizes == size)
-        subset = _colex(ordered[rows, :size], tables.choose)
+        subset = subset_ranks(ordered[rows, :size], tables.choose)
         cuts = numerators[rows, : size - 1].cumsum(1) - 1
-        within = subset * _compositions(code, size) + _colex(cuts, tables.choose)
+        within = subset * _compositions(code, size) + subset_ranks(cuts, tables.choose)
         ranks[rows] = tables.first[size - 1] + within
     listed: list[int] = ranks.tolist()
     return listed
@@ -119,8 +115,8 @@ def from_ranks(ranks: list[int], code: LatticeCode) -> LatticeAssignment:
         rows = np.flatnonzero(sizes == size)
         within = values[rows] - tables.first[size - 1]
         count = _compositions(code, size)
-        indices[rows, :size] = _uncolex(within // count, size, tables.choose)
-        cuts = _uncolex(within % count, size - 1, tables.choose)
+        indices[rows, :size] = subsets_of(within // count, size, tables.choose)
+        cuts = subsets_of(within % count, size - 1, tables.choose)
         ends = np.full((len(rows), 1), code.denominator - 1)
         numerators[rows, :size] = np.diff(np.hstack((cuts, ends)), axis=1, prepend=-1)
     return _canonical(indices, numerators)
@@ -162,12 +158,8 @@ class _RankTables:
 @functools.lru_cache(maxsize=16)
 def _rank_tables(code: LatticeCode) -> _RankTables:
     dtype = np.int64 if code.num_states < 2**62 else np.object_
-    rows = max(code.num_codes, code.denominator) + 1
-    choose: Ranks = np.zeros((rows, code.max_support + 1), dtype)
-    choose[:, 0] = 1
-    for size in range(1, code.max_support + 1):
-        # Pascal: C(i, m) = C(i-1, m) + C(i-1, m-1), summed over i.
-        choose[1:, size] = np.cumsum(choose[:-1, size - 1])
+    largest = max(code.num_codes, code.denominator)
+    choose = binomials(largest, code.max_support, dtype)
     first = [0]
     for size in range(1, code.max_support):
         first.append(first[-1] + math.comb(code.num_codes, size) * _compositions(code, size))
@@ -176,20 +168,3 @@ def _rank_tables(code: LatticeCode) -> _RankTables:
 
 def _compositions(code: LatticeCode, size: int) -> int:
     return math.comb(code.denominator - 1, size - 1)
-
-
-def _colex(ascending: Ints, choose: Ranks) -> Ranks:
-    """Rank of (N, t) ascending rows among t-subsets: sum over m of C(i_m, m)."""
-    terms: Ranks = choose[ascending, np.arange(1, ascending.shape[1] + 1)]
-    total: Ranks = terms.sum(1)
-    return total
-
-
-def _uncolex(ranks: Ranks, size: int, choose: Ranks) -> Ints:
-    """(N, t) ascending rows of the given ranks, largest element first."""
-    chosen = np.empty((len(ranks), size), np.int64)
-    for m in range(size, 0, -1):
-        element = np.searchsorted(choose[:, m], ranks, side="right") - 1
-        ranks = ranks - choose[element, m]
-        chosen[:, m - 1] = element
-    return chosen

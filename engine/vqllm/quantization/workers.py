@@ -13,18 +13,18 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
 
+from vqkernels.closing import Closing
 from vqllm.errors import InvalidConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Workers:
+class Workers(Closing):
     """A fixed number of threads; one means the calling thread itself.
 
     Attributes:
@@ -42,15 +42,8 @@ class Workers:
         self.count = count or _num_processors()
         self._pool: ThreadPoolExecutor | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads; the next `map` starts new ones."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
