@@ -425,6 +425,7 @@ void multiply_pairs(const MatrixJob &job, const MatrixStage &stage, std::int32_t
   alignas(64) std::uint8_t tile[kTileBytes];
   const MatrixPart &part = *job.part;
   const Grid8 decoded(stage);
+  const std::int64_t scales_at = std::int64_t{panel} * part.num_groups * kPairRows;
   const std::int32_t lane_count = stage.pairs * kPairRows;
   const std::int32_t width =
       std::min(kTileColumns, kTileBytes / (lane_count * kActivationGroup) * kActivationGroup);
@@ -433,19 +434,21 @@ void multiply_pairs(const MatrixJob &job, const MatrixStage &stage, std::int32_t
     Tier::decode(stage, panel, column, count, tile);
     for (std::int32_t pair = 0; pair < stage.pairs; ++pair) {
       const std::int32_t at = pair * kPairRows;
-      PairSlice slice = slice_of(job, panel, tile + std::int64_t{at} * count);
-      slice.begin = column;
-      slice.end = column + count;
-      slice.zero = stage.zero;
-      slice.y = lanes + at;
-      slice.first_row = row;
-      slice.y_stride = lane_count;
-      slice.valid = 0xffff;
-      slice.adds_offsets = false;
-      if (stage.lane_scales != nullptr) {
-        slice.scales = nullptr;
-        slice.lane_scales = stage.lane_scales + at;
-      }
+      const bool by_lane = stage.lane_scales != nullptr;
+      const PairSlice slice{
+          tile + std::int64_t{at} * count,
+          column,
+          column + count,
+          by_lane ? nullptr : part.scales + scales_at,
+          by_lane ? stage.lane_scales + at : nullptr,
+          part.zeros != nullptr ? part.zeros + scales_at : nullptr,
+          stage.zero,
+          lanes + at,
+          row,
+          lane_count,
+          0xffff,
+          false,
+      };
       multiply_rows(job, decoded, slice, row, row + batch);
     }
   }
