@@ -22,6 +22,11 @@ from scq.model import ScqAutoencoder
 
 _Step = Callable[[Tensor], Tensor]
 _NO_STEP = [1, 1]
+# Frames are of any size; weights are packed for this one, in pixels.
+_FRAME_SIDE = 256
+# Under about 150x150 pixels the library wants the encoder's weights in another order and moves
+# them for every picture: 22 to 28 ms at 32x32 to 144x144 (nav); the plain modules take 1 to 3.
+_LEAST_PIXELS = 160 * 160
 
 
 class Networks(Protocol):
@@ -46,7 +51,8 @@ def make_networks(model: ScqAutoencoder) -> Networks:
     if not can_pack(model):
         return ModelNetworks(model)
     fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return PackedNetworks(model, decoder_dtype=torch.bfloat16 if fast else torch.float32)
+    packed = PackedNetworks(model, decoder_dtype=torch.bfloat16 if fast else torch.float32)
+    return packed if model.config.kind == "crop" else NetworksBySize(packed, ModelNetworks(model))
 
 
 def can_pack(model: ScqAutoencoder) -> bool:
@@ -82,6 +88,22 @@ class ModelNetworks:
         return pixels
 
 
+class NetworksBySize:
+    """Packed networks, but for encoding pictures that are too small for how the weights lie."""
+
+    def __init__(self, packed: Networks, plain: Networks) -> None:
+        self._packed, self._plain = packed, plain
+
+    def latents(self, canvas: Pixels) -> Tensor:
+        """See `Networks`."""
+        small = canvas.shape[0] * canvas.shape[1] < _LEAST_PIXELS
+        return (self._plain if small else self._packed).latents(canvas)
+
+    def pixels(self, latents: Tensor) -> Pixels:
+        """See `Networks`."""
+        return self._packed.pixels(latents)
+
+
 class PackedNetworks:
     """The same networks of convolutions with packed weights; see `can_pack`.
 
@@ -94,11 +116,17 @@ class PackedNetworks:
         encoder_dtype: torch.dtype = torch.float32,
         decoder_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._patch = model.config.patch
+        config = model.config
+        self._patch = config.patch
         self._dtypes = encoder_dtype, decoder_dtype
+        side = config.max_height if config.kind == "crop" else _FRAME_SIDE
         with torch.inference_mode():
-            self._encoder = _pack_encoder(model.encoder, self._patch, encoder_dtype)
-            self._decoder = _pack_decoder(model.decoder, self._patch, decoder_dtype)
+            self._encoder = _pack_encoder(
+                model.encoder, self._patch, side // self._patch, encoder_dtype
+            )
+            self._decoder = _pack_decoder(
+                model.decoder, self._patch, side // config.stride, decoder_dtype
+            )
 
     @torch.inference_mode()
     def latents(self, canvas: Pixels) -> Tensor:
@@ -136,8 +164,9 @@ def _from_patches(patches: Tensor, side: int) -> Tensor:
     return parts.reshape(rows * side, columns * side, 3)
 
 
-def _pack_encoder(encoder: nn.Module, patch: int, dtype: torch.dtype) -> list[_Step]:
-    """Steps from gathered patches: a pixel-unshuffle is the reading order of the convolution."""
+def _pack_encoder(encoder: nn.Module, patch: int, side: int, dtype: torch.dtype) -> list[_Step]:
+    """Steps from gathered patches, `side` of them a row: a pixel-unshuffle is the reading order of
+    the convolution."""
     steps: list[_Step] = []
     gathered = 0
     for layer in encoder.children():
@@ -145,7 +174,7 @@ def _pack_encoder(encoder: nn.Module, patch: int, dtype: torch.dtype) -> list[_S
             gathered = layer.downscale_factor
             continue
         if isinstance(layer, ResidualBlock):
-            steps.append(_PackedBlock(layer, dtype))
+            steps.append(_PackedBlock(layer, side, dtype))
             continue
         assert isinstance(layer, nn.Conv2d)
         weight = layer.weight
@@ -155,20 +184,22 @@ def _pack_encoder(encoder: nn.Module, patch: int, dtype: torch.dtype) -> list[_S
             # 1x1 on 2x2 gathered pixels is 2x2 on the pixels, in steps of 2.
             weight = weight.reshape(weight.shape[0], -1, gathered, gathered)
         step = gathered if gathered and steps else 1
-        steps.append(_PackedConv(weight, layer.bias, layer.padding, dtype, step=step))
+        steps.append(_PackedConv(weight, layer.bias, layer.padding, side, dtype, step=step))
+        side //= step
         gathered = 0
     return steps
 
 
-def _pack_decoder(decoder: nn.Module, patch: int, dtype: torch.dtype) -> list[_Step]:
-    """Steps up to patches: the last pixel-shuffle is left to `_from_patches`."""
+def _pack_decoder(decoder: nn.Module, patch: int, side: int, dtype: torch.dtype) -> list[_Step]:
+    """Steps from latents, `side` a row, to patches: the last pixel-shuffle is `_from_patches`."""
     steps: list[_Step] = []
     layers = list(decoder.children())[:-1]
     for layer in layers:
         if isinstance(layer, nn.PixelShuffle):
             steps.append(layer)
+            side *= layer.upscale_factor
         elif isinstance(layer, ResidualBlock):
-            steps.append(_PackedBlock(layer, dtype))
+            steps.append(_PackedBlock(layer, side, dtype))
         else:
             assert isinstance(layer, nn.Conv2d)
             assert layer.bias is not None
@@ -176,7 +207,7 @@ def _pack_decoder(decoder: nn.Module, patch: int, dtype: torch.dtype) -> list[_S
             if layer is layers[-1]:
                 weight = _patch_order(weight, patch, dim=0)
                 bias = _patch_order(bias, patch, dim=0)
-            steps.append(_PackedConv(weight, bias, layer.padding, dtype))
+            steps.append(_PackedConv(weight, bias, layer.padding, side, dtype))
     return steps
 
 
@@ -197,6 +228,7 @@ class _PackedConv:
         weight: Tensor,
         bias: Tensor | None,
         padding: Any,
+        side: int,
         dtype: torch.dtype,
         *,
         step: int = 1,
@@ -204,8 +236,8 @@ class _PackedConv:
     ) -> None:
         self._padding, self._step, self._after = list(padding), [step, step], after
         self._bias = None if bias is None else bias.to(dtype)
-        # The size only helps to choose the order; pictures of any size may follow.
-        sample = [1, weight.shape[1], 32, 32]
+        # Any size may follow, but at one far from `side` the library may reorder at every call.
+        sample = [1, weight.shape[1], side, side]
         self._weight = torch.ops.mkldnn._reorder_convolution_weight(
             weight.to(dtype), self._padding, self._step, _NO_STEP, 1, sample
         )
@@ -229,10 +261,12 @@ class _PackedConv:
 class _PackedBlock:
     """`ResidualBlock`: x + conv(silu(conv(silu(x))))."""
 
-    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
-        first, second = block.first, block.second
-        self._first = _PackedConv(first.weight, first.bias, first.padding, dtype, after="swish")
-        self._second = _PackedConv(second.weight, second.bias, second.padding, dtype)
+    def __init__(self, block: ResidualBlock, side: int, dtype: torch.dtype) -> None:
+        first, second = (
+            (layer.weight, layer.bias, layer.padding, side, dtype)
+            for layer in (block.first, block.second)
+        )
+        self._first, self._second = _PackedConv(*first, after="swish"), _PackedConv(*second)
 
     def __call__(self, features: Tensor) -> Tensor:
         return self._second.plus(self._first(functional.silu(features)), features)

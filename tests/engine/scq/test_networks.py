@@ -10,7 +10,13 @@ import torch
 
 from scq.images import Pixels
 from scq.model import ModelConfig, ScqAutoencoder
-from scq.networks import ModelNetworks, PackedNetworks, can_pack, make_networks
+from scq.networks import (
+    ModelNetworks,
+    NetworksBySize,
+    PackedNetworks,
+    can_pack,
+    make_networks,
+)
 
 SHAPES = [
     {"stride": 16, "patch": 4, "encoder_widths": (12, 20, 24), "encoder_blocks": (1, 2, 1)},
@@ -74,7 +80,7 @@ def test_packed_networks_in_bfloat16_stay_near(model: ScqAutoencoder) -> None:
 def test_models_that_cannot_be_packed_run_as_they_are(
     model: ScqAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(make_networks(model), PackedNetworks)
+    assert isinstance(make_networks(model), NetworksBySize)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     float_only = make_networks(model)
     latents = float_only.latents(picture(32, 48))
@@ -84,3 +90,25 @@ def test_models_that_cannot_be_packed_run_as_they_are(
     assert not can_pack(model_of(SHAPES[0]).double())
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert isinstance(make_networks(model), ModelNetworks)
+
+
+def test_small_frames_are_encoded_by_the_model_itself(model: ScqAutoencoder) -> None:
+    chosen, plain, packed = make_networks(model), ModelNetworks(model), PackedNetworks(model)
+    small, large = picture(144, 160), picture(160, 160)
+    assert torch.equal(chosen.latents(small), plain.latents(small))
+    assert torch.equal(chosen.latents(large), packed.latents(large))
+
+
+def test_crops_are_encoded_packed_at_their_own_size() -> None:
+    config = ModelConfig(
+        "m", "crop", stride=8, patch=2, max_width=32, max_height=32,
+        encoder_widths=(8, 16, 24), encoder_blocks=(0, 1, 1),
+        decoder_widths=(8, 16, 24), decoder_blocks=(0, 1, 1),
+    )  # fmt: skip
+    model = ScqAutoencoder(config).eval().requires_grad_(False)
+    if not can_pack(model):
+        pytest.skip("packed networks need torch with oneDNN on an x86 CPU")
+    chosen = make_networks(model)
+    assert isinstance(chosen, PackedNetworks)
+    expected = ModelNetworks(model).latents(picture(32, 32))
+    torch.testing.assert_close(chosen.latents(picture(32, 32)), expected, rtol=1e-4, atol=1e-5)
