@@ -27,7 +27,7 @@ def run(command: list[str], **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
         env={**os.environ, **environment},
     )
     output = done.stdout + done.stderr
