@@ -47,8 +47,8 @@ def mesh_loss(decoded: Tensor, target: Tensor) -> Tensor:
 def feature_loss(decoded: Tensor, target: Tensor, features: Features) -> Tensor:
     """Mean squared distance of channel-normalised features, averaged over the layers given.
 
-    Both pictures lose up to `_MAX_SHIFT` rows and columns at random (torch's generator): looked at
-    from one origin only, a network with strides rewards a grid of dots in step with them.
+    Both pictures lose up to `_MAX_SHIFT` rows and columns at random (torch's generator), so that a
+    network with strides sees them from every origin. That alone keeps no dots out: see `mesh_loss`.
     """
     top, left = torch.randint(0, _MAX_SHIFT + 1, (2,)).tolist()
     decoded, target = (picture[..., top:, left:] for picture in (decoded, target))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from scq.quantizers.lattice_symbols import (
     to_ranks,
     to_symbols,
 )
+from support.lattices import every_assignment
 
 CODES = [
     LatticeCode(5, 1, 1),
@@ -23,19 +22,6 @@ CODES = [
     LatticeCode(5, 3, 4),
     LatticeCode(5, 4, 8),
 ]
-
-
-def every_assignment(code: LatticeCode) -> LatticeAssignment:
-    rows = []
-    for size in range(1, code.max_support + 1):
-        for subset in itertools.combinations(range(code.num_codes), size):
-            for cuts in itertools.combinations(range(1, code.denominator), size - 1):
-                parts = [b - a for a, b in itertools.pairwise((0, *cuts, code.denominator))]
-                slots = sorted(zip(parts, subset, strict=True), key=lambda x: (-x[0], x[1]))
-                slots += [(0, slots[0][1])] * (code.max_support - size)
-                rows.append(slots)
-    table = torch.tensor(rows)
-    return LatticeAssignment(table[..., 1].contiguous(), table[..., 0].contiguous())
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -11,8 +9,9 @@ from scq.bitstream import rans
 from scq.errors import CorruptCodes
 from scq.lattice import LatticeCode
 from scq.quantizers.coding import Ints, SymbolTables
-from scq.quantizers.lattice_symbols import partitions
+from scq.quantizers.lattice_symbols import partitions, to_symbols
 from scq.quantizers.set_coding import fit_set_tables, pack_sets, set_bits, unpack_sets
+from support.lattices import every_assignment
 
 CODES = [
     LatticeCode(5, 1, 1),
@@ -25,15 +24,7 @@ CODES = [
 
 
 def every_state(code: LatticeCode) -> Ints:
-    rows = []
-    for number, parts in enumerate(partitions(code).parts.tolist()):
-        size = sum(part > 0 for part in parts)
-        for names in itertools.permutations(range(code.num_codes), size):
-            ties = zip(parts, parts[1:size], names, names[1:], strict=False)
-            if all(a != b or left < right for a, b, left, right in ties):
-                rest = [*names[1:], *[0] * (code.max_support - size)]
-                rows.append([names[0], number, *rest])
-    return np.array(rows, np.int64)
+    return to_symbols(every_assignment(code), code)
 
 
 def alphabets(code: LatticeCode) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -26,6 +27,20 @@ PROFILES = (
 def assignment_of(indices: list[list[int]], numerators: list[list[int]]) -> LatticeAssignment:
     """An assignment from plain lists, any slot order."""
     return LatticeAssignment(torch.tensor(indices), torch.tensor(numerators))
+
+
+def every_assignment(code: LatticeCode) -> LatticeAssignment:
+    """Every state of a small code once, heaviest code first, ties by lower index."""
+    rows = []
+    for size in range(1, code.max_support + 1):
+        for subset in itertools.combinations(range(code.num_codes), size):
+            for cuts in itertools.combinations(range(1, code.denominator), size - 1):
+                parts = [b - a for a, b in itertools.pairwise((0, *cuts, code.denominator))]
+                slots = sorted(zip(parts, subset, strict=True), key=lambda x: (-x[0], x[1]))
+                slots += [(0, slots[0][1])] * (code.max_support - size)
+                rows.append(slots)
+    table = torch.tensor(rows)
+    return LatticeAssignment(table[..., 1].contiguous(), table[..., 0].contiguous())
 
 
 def random_assignment(code: LatticeCode, count: int, seed: int = 0) -> LatticeAssignment:
