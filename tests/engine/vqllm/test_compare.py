@@ -266,6 +266,13 @@ def test_absent_peers_say_why(tmp_path: Path) -> None:
     assert "not there" in str(GptqModel(tmp_path / "python", 4).missing())
 
 
+def test_rows_of_peers_do_not_depend_on_where_their_programs_are(tmp_path: Path) -> None:
+    here = peers(PeerPaths(tmp_path, tmp_path / "python", tmp_path / "cache"))
+    nowhere = peers(PeerPaths(None, None, tmp_path / "other"))
+    assert [repr(arm) for arm in here] == [repr(arm) for arm in nowhere]
+    assert len({repr(arm) for arm in here}) == len(here)
+
+
 def test_permuted_rows_come_back() -> None:
     weight = np.arange(48 * 3, dtype=np.float32).reshape(48, 3)
     moved = permute_rows(weight, 3)

@@ -7,7 +7,7 @@ asks for groups that divide the row.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqllm.checkpoint import Checkpoint
@@ -23,12 +23,13 @@ class GptqModel:
     """One width of gptqmodel.
 
     Attributes:
-        python: interpreter of an environment that has gptqmodel.
+        python: interpreter of an environment that has gptqmodel; no part of the representation,
+            which names a row.
         bits: width of a code.
         group_size: columns that share a scale.
     """
 
-    python: Path | None
+    python: Path | None = field(repr=False)
     bits: int
     group_size: int = 64
 

@@ -7,7 +7,7 @@ kept in float16, because the table compares the linears.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqllm.evaluation.peers.base import PeerJob, PeerResult, run_program
@@ -43,11 +43,14 @@ class LlamaCpp:
         binaries: folder of llama-quantize and llama-imatrix.
         file_type: as llama-quantize spells it.
         cache: holds the exported file and the importance matrix, shared by all file types.
+
+    Folders are no part of the representation, which names a row: what was measured once stays in
+    the table where the programs are gone or elsewhere.
     """
 
-    binaries: Path | None
+    binaries: Path | None = field(repr=False)
     file_type: str
-    cache: Path
+    cache: Path = field(repr=False)
 
     @property
     def name(self) -> str:
