@@ -1,11 +1,11 @@
 """Causal attention: the part all families share, and the grouped-query form.
 
-Shapes: b sequences, t tokens, d hidden.
+Shapes: b sequences, t new tokens of each, d hidden, T positions that attention may see.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +17,40 @@ from vqllm.decoder.trace import Tap, Trace
 from vqllm.decoder.weights import BlockWeights
 
 
-@dataclass
-class KvCache:
-    """What one block keeps of the tokens so far, each (b, heads, t, width) or None.
+class KvCache(Protocol):
+    """What one block's attention keeps of earlier tokens, and how new ones look at it.
 
-    Keys (rotated) and values; in latent attention the latents and the rotated shared keys.
+    Keys and values are (b, heads, positions, width); keys are rotated. In latent attention the
+    latents stand for keys and the rotated shared keys for values.
     """
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new tokens' (b, heads, t, width); return (b, heads, T, width) to look at."""
+        ...
 
-    @property
-    def length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
+    def mix(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Softmax mixture of T values for each query (b, heads, t, n): (b, t, heads * width).
+
+        A query sees its own position and earlier ones of its sequence, at most `window` in all.
+        """
+        ...
+
+
+class WholeTexts:
+    """The cache of tokens that are whole texts: nothing came before, and nothing is kept."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions; return all of them."""
-        if self.keys is not None and self.values is not None:
-            keys = torch.cat([self.keys, keys], dim=2)
-            values = torch.cat([self.values, values], dim=2)
-        self.keys, self.values = keys, values
         return keys, values
+
+    def mix(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        num_tokens = keys.shape[2]
+        if window is None or window >= num_tokens:
+            return mix(queries, keys, values, scale, None)
+        return mix(queries, keys, values, scale, _band(num_tokens, window, queries.device))
 
 
 def trace_attention(
@@ -47,37 +60,31 @@ def trace_attention(
     rotary: RotaryTable,
     cache: KvCache,
 ) -> Trace:
-    """Grouped-query attention without the output projection: (b, t, heads * head_dim)."""
+    """Grouped-query attention without the output projection: (b, t, heads * head_dim).
+
+    The first t positions of `rotary` are those of the new tokens.
+    """
     yield Tap(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), normed)
-    start = cache.length
     queries = split_heads(weights.project("self_attn.q_proj", normed), config.head_dim)
     keys = split_heads(weights.project("self_attn.k_proj", normed), config.head_dim)
     values = split_heads(weights.project("self_attn.v_proj", normed), config.head_dim)
-    keys, values = cache.append(rotary.rotate(keys, start), values)
-    return mix(
-        rotary.rotate(queries, start),
-        keys,
-        values,
-        softmax_scale(config),
-        config.window(weights.layer),
-    )
+    keys, values = cache.append(rotary.rotate(keys), values)
+    queries = rotary.rotate(queries)
+    return cache.mix(queries, keys, values, softmax_scale(config), config.window(weights.layer))
 
 
-def mix(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+def mix(queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Softmax mixture of the values, heads side by side: (b, t, heads * value width).
 
-    Queries (b, heads, t, n) are the last t of all positions of keys and values. With a window a
-    query sees that many positions, its own included.
+    `mask` (t, T) is True where a query (b, heads, t, n) may look. None stands for whole texts,
+    t = T, causally; or for one new token, t = 1, that sees all T.
     """
-    num_new, num_all = queries.shape[2], keys.shape[2]
-    is_plain = num_new == num_all and (window is None or window >= num_all)
-    mask = None if is_plain else _mask(num_new, num_all, window, queries.device)
     context = F.scaled_dot_product_attention(
         queries,
         keys,
         values,
         attn_mask=mask,
-        is_causal=is_plain,
+        is_causal=mask is None and queries.shape[2] == keys.shape[2],
         scale=scale,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
@@ -90,8 +97,8 @@ def split_heads(projected: Tensor, width: int) -> Tensor:
     return projected.view(num_sequences, num_tokens, -1, width).transpose(1, 2)
 
 
-def _mask(num_new: int, num_all: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look."""
-    seen = torch.ones(num_new, num_all, dtype=torch.bool, device=device)
-    seen = seen.tril(num_all - num_new)
-    return seen if window is None else seen.triu(num_all - num_new - window + 1)
+def _band(num_tokens: int, window: int, device: torch.device) -> Tensor:
+    """True where a query of a whole text may look: (t, t)."""
+    return (
+        torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril().triu(1 - window)
+    )

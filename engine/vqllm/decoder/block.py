@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vqllm.decoder.attention import KvCache, trace_attention
+from vqllm.decoder.attention import KvCache, WholeTexts, trace_attention
 from vqllm.decoder.config import DecoderConfig
 from vqllm.decoder.mla import trace_latent_attention
 from vqllm.decoder.mlp import trace_mlp
@@ -28,10 +28,11 @@ def trace_block(
 ) -> Trace:
     """One block on (b, t, d), returning (b, t, d) and appending to `cache` where one is given.
 
+    Without a cache the tokens are whole texts. The first t positions of `rotary` are the tokens'.
     Yields a `Tap` before each group of `config.linear_groups(layer)`, in that order for every
     batch. Looks weights up in `weights` after each yield; does not change `hidden` in place.
     """
-    cache = cache or KvCache()
+    cache = cache or WholeTexts()
     normed = rms_norm(hidden, weights.input_norm, config.rms_norm_eps)
     attend = trace_attention if config.mla is None else trace_latent_attention
     context = yield from attend(normed, weights, config, rotary, cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqllm.decoder.attention import KvCache, mix, split_heads
+from vqllm.decoder.attention import KvCache, split_heads
 from vqllm.decoder.config import DecoderConfig, MlaConfig
 from vqllm.decoder.norm import rms_norm
 from vqllm.decoder.rope import RotaryTable, softmax_scale
@@ -26,8 +26,11 @@ def trace_latent_attention(
     rotary: RotaryTable,
     cache: KvCache,
 ) -> Trace:
-    """Latent attention without the output projection: (b, t, heads * value_dim)."""
-    mla, start = _mla(config), cache.length
+    """Latent attention without the output projection: (b, t, heads * value_dim).
+
+    The first t positions of `rotary` are those of the new tokens.
+    """
+    mla = _mla(config)
     first = "self_attn.q_proj" if mla.q_rank is None else "self_attn.q_a_proj"
     yield Tap((first, "self_attn.kv_a_proj_with_mqa"), normed)
     queries = yield from _trace_queries(normed, weights, mla)
@@ -36,15 +39,17 @@ def trace_latent_attention(
     norm = weights.inner["self_attn.kv_a_layernorm.weight"]
     latent = rms_norm(latent, norm, LATENT_EPS)
     yield Tap(("self_attn.kv_b_proj",), latent)
-    latents, rotary_keys = cache.append(latent[:, None], rotary.rotate(rotary_key[:, None], start))
+    kept = cache.append(latent[:, None], rotary.rotate(rotary_key[:, None]))
+    # A cache may keep fewer bits; what grows out of the latents is computed in those of the input.
+    latents, rotary_keys = (part.to(normed.dtype) for part in kept)
     grown = split_heads(
         weights.project("self_attn.kv_b_proj", latents[:, 0]), mla.nope_dim + mla.value_dim
     )
     keys, values = grown[..., : mla.nope_dim], grown[..., mla.nope_dim :]
     keys = torch.cat([keys, rotary_keys.expand(-1, keys.shape[1], -1, -1)], dim=-1)
     plain, turning = queries[..., : mla.nope_dim], queries[..., mla.nope_dim :]
-    queries = torch.cat([plain, rotary.rotate(turning, start)], dim=-1)
-    return mix(queries, keys, values, softmax_scale(config), None)
+    queries = torch.cat([plain, rotary.rotate(turning)], dim=-1)
+    return cache.mix(queries, keys, values, softmax_scale(config), None)
 
 
 def _trace_queries(normed: Tensor, weights: BlockWeights, mla: MlaConfig) -> Trace:

@@ -18,6 +18,8 @@ from vqllm.decoder.config import DecoderConfig, RopeConfig
 class RotaryTable:
     """Cosines and sines of the rotary embedding, each (positions, rotary elements / 2).
 
+    Or (b, 1, positions, rotary elements / 2), where every sequence has positions of its own.
+
     Attributes:
         interleaved: whether elements 2 i and 2 i + 1 of a vector are a pair; rotated vectors come
             out with first elements before second ones either way, for queries and keys alike.
@@ -44,10 +46,17 @@ class RotaryTable:
         cos, sin = (angles.cos() * scale).float(), (angles.sin() * scale).float()
         return cls(cos.to(device), sin.to(device), rope.interleaved)
 
+    def at(self, positions: Tensor) -> RotaryTable:
+        """The table whose i-th position is, for each sequence, positions[:, i] (b, t) of this."""
+        return RotaryTable(
+            self.cos[positions][:, None], self.sin[positions][:, None], self.interleaved
+        )
+
     def rotate(self, heads: Tensor, start: int = 0) -> Tensor:
         """Rotate (b, heads, t, n) vectors that stand at positions start to start + t."""
-        stop = start + heads.shape[2]
-        cos, sin = self.cos[start:stop].to(heads.dtype), self.sin[start:stop].to(heads.dtype)
+        here = slice(start, start + heads.shape[2])
+        cos = self.cos[..., here, :].to(heads.dtype)
+        sin = self.sin[..., here, :].to(heads.dtype)
         if self.interleaved:
             first, second = heads[..., 0::2], heads[..., 1::2]
         else:

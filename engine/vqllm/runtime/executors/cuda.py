@@ -58,9 +58,14 @@ class CudaBlock(BlockWeights):
 
 
 class CudaExecutor(TorchExecutor):
-    """Runs any checkpoint on one NVIDIA GPU."""
+    """Runs any checkpoint on one NVIDIA GPU.
+
+    A step's sequences share one forward pass, so the last bits of their logits may depend on how
+    many they are.
+    """
 
     name = "cuda"
+    batches_decode = True
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class CudaExecutor(TorchExecutor):
         Raises:
             ExecutorUnavailable: no GPU, no driver, or the kernels cannot be compiled; says which.
             CorruptCheckpoint: a tensor is missing, misshapen or not finite.
+            OverBudget: the KV cache does not fit beside the weights.
         """
         self._gpu = _open_gpu()
         self._formats: Counter[str] = Counter()

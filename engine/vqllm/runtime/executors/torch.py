@@ -10,19 +10,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqllm.checkpoint import FINAL_NORM, Checkpoint
-from vqllm.decoder.attention import KvCache
 from vqllm.decoder.block import forward_block
 from vqllm.decoder.norm import rms_norm
 from vqllm.decoder.rope import RotaryTable
+from vqllm.decoder.slots import KvSlots, SlotStep
 from vqllm.decoder.weights import BlockWeights, load_block, product
 from vqllm.outlier.transform import rotation
 from vqllm.runtime.executors.base import Executor, Logits
 
 
 class TorchExecutor(Executor):
-    """Runs `vqllm.decoder` block by block: every family and every transform there is."""
+    """Runs `vqllm.decoder` block by block: every family and every transform there is.
+
+    Attributes:
+        batches_decode: whether `decode` runs all sequences in one forward pass. A library may sum
+            differently for another number of rows, so without it (the default) no bit of a
+            sequence's logits depends on the others.
+    """
 
     name = "torch"
+    batches_decode = False
 
     def __init__(
         self,
@@ -35,9 +42,11 @@ class TorchExecutor(Executor):
     ) -> None:
         """`num_threads` sets torch's process-wide thread count; 0 leaves it.
 
-        `dtype` is that of the linears' weights and products; all else stays float32.
+        `dtype` is that of the linears' weights and products and of the KV cache; all else stays
+        float32.
 
         Raises:
+            OverBudget: the KV cache does not fit the device.
             CorruptCheckpoint: a tensor is missing, misshapen or not finite.
         """
         if num_threads > 0:
@@ -53,8 +62,7 @@ class TorchExecutor(Executor):
         layers = range(checkpoint.config.num_layers)
         self._blocks = [self._prepared(checkpoint, layer) for layer in layers]
         self._rotary = RotaryTable.build(checkpoint.config, context_length, device)
-        self._caches: dict[int, list[KvCache]] = {}
-        self._next_cache = 0
+        self._slots = KvSlots(checkpoint.config, max_num_sequences, context_length, device, dtype)
 
     def _load_head(self, checkpoint: Checkpoint) -> Tensor:
         if checkpoint.config.tie_word_embeddings:
@@ -75,22 +83,20 @@ class TorchExecutor(Executor):
         return (f"torch {torch.__version__} {self._device}",)
 
     def allocate(self) -> int:
-        if len(self._caches) == self.max_num_sequences:
-            raise RuntimeError(f"all {self.max_num_sequences} KV caches are taken")
-        cache, self._next_cache = self._next_cache, self._next_cache + 1
-        self._caches[cache] = [KvCache() for _ in self._blocks]
-        return cache
+        return self._slots.allocate()
 
     def free(self, cache: int) -> None:
-        del self._caches[cache]
+        self._slots.free(cache)
 
     def prefill(self, cache: int, token_ids: Sequence[int]) -> Logits:
-        logits: Logits = self._logits(self._append(cache, token_ids)[-1:])[0]
+        logits: Logits = self._logits(self._append([cache], [token_ids])[0, -1:])[0]
         return logits
 
     def decode(self, caches: Sequence[int], token_ids: Sequence[int]) -> Logits:
-        hidden = [self._append(c, [t]) for c, t in zip(caches, token_ids, strict=True)]
-        return self._logits(torch.cat(hidden))
+        if self.batches_decode:
+            return self._decode_together(caches, token_ids)
+        rows = [self.prefill(c, [t]) for c, t in zip(caches, token_ids, strict=True)]
+        return np.stack(rows)
 
     def score(self, token_ids: Sequence[int]) -> Logits:
         logits: Logits = self.score_windows(np.array([token_ids], np.int64))[0]
@@ -98,21 +104,33 @@ class TorchExecutor(Executor):
 
     def score_windows(self, windows: NDArray[np.int64]) -> Logits:
         """Logits (b, t, vocab_size) float32 after every token of texts (b, t), in one pass."""
-        caches = [KvCache() for _ in self._blocks]
-        return self._logits(self._run(torch.from_numpy(windows), caches))
+        return self._logits(self._run(torch.from_numpy(windows)))
 
-    def _append(self, cache: int, token_ids: Sequence[int]) -> Tensor:
-        """Hidden states (t, d) of new tokens, before the final norm."""
-        return self._run(torch.tensor([token_ids]), self._caches[cache])[0]
+    def _decode_together(self, caches: Sequence[int], token_ids: Sequence[int]) -> Logits:
+        ordered = sorted(zip(caches, token_ids, strict=True))  # neighbours are read in place
+        hidden = self._append([cache for cache, _ in ordered], [[token] for _, token in ordered])
+        logits = np.empty((len(caches), self.vocab_size), np.float32)
+        logits[np.argsort(caches)] = self._logits(hidden[:, 0])
+        return logits
+
+    def _append(self, caches: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states (b, t, d) of t new tokens of each cache, before the final norm."""
+        tokens = torch.tensor(token_ids)
+        return self._run(tokens, self._slots.extend(caches, tokens.shape[1]))
 
     @torch.inference_mode()
-    def _run(self, token_ids: Tensor, caches: list[KvCache]) -> Tensor:
-        """Hidden states (b, t, d) of new tokens (b, t), before the final norm."""
+    def _run(self, token_ids: Tensor, step: SlotStep | None = None) -> Tensor:
+        """Hidden states (b, t, d) of tokens (b, t), before the final norm.
+
+        The tokens are those of a step, or whole texts.
+        """
+        rotary = self._rotary if step is None else self._rotary.at(step.positions)
         hidden = self._embedding[token_ids.to(self._device)]
         if self._transform.residual_seed is not None:
             hidden = rotation(hidden.shape[-1], self._transform.residual_seed).apply(hidden)
-        for block, cache in zip(self._blocks, caches, strict=True):
-            hidden = forward_block(hidden, block, self._config, self._rotary, cache)
+        for layer, block in enumerate(self._blocks):
+            cache = None if step is None else step.cache(layer)
+            hidden = forward_block(hidden, block, self._config, rotary, cache)
         return hidden
 
     @torch.inference_mode()
