@@ -46,6 +46,15 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Weights per scale; default suits the method.")
     ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Zero point of gptq and rtn in the middle of the codes, or stored per group; "
+            "default is what rounds best and other tools still run fast.",
+            show_default=False,
+        ),
+    ] = None,
     direction: Annotated[
         str, typer.Option(help="Of the trellis of tcq: column (along the outputs), or row.")
     ] = "column",
@@ -114,6 +123,7 @@ def quantize(
         bits=bits,
         bpw=bpw,
         group_size=group_size,
+        symmetric=symmetric,
         direction=direction,
         preprocess=preprocess,
         alpha=alpha,

@@ -24,7 +24,7 @@ class Recipe:
 
 
 RECIPES: Mapping[int, Recipe] = {
-    4: Recipe("gptq4", ("--bits", "4", "--group-size", "128")),
+    4: Recipe("gptq4", ("--bits", "4", "--group-size", "128", "--asymmetric")),
     2: Recipe("tcq2", ("--method", "tcq", "--bpw", "2.25")),
 }
 

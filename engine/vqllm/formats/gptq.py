@@ -32,6 +32,7 @@ WHOLE_COLUMN = 1 << 20  # beyond the longest column: one group per output, writt
 _EVIDENCE = 0.25
 _MAX_EVIDENCE_BITS = 4
 _MIN_EVIDENCE_CODES = 4096
+_SAMPLED_COLUMNS = 128
 
 
 class ZeroPoints(Enum):
@@ -93,6 +94,11 @@ class GptqFormat(FolderFormat):
     @property
     def meta(self) -> dict[str, Any]:
         return self.recipe
+
+    @property
+    def label_offset(self) -> int:
+        """What the label says was taken off the stored zero points."""
+        return 0 if self.is_v2 else 1
 
     def marker(self, name: str) -> str:
         return f"{name}.qweight"
@@ -202,6 +208,30 @@ def _mean_step(
     return float(total) / codes.size
 
 
+def sampled_zeros(
+    stored: NDArray[np.uint8],
+    words: NDArray[np.int32],
+    group_index: NDArray[np.int32],
+    form: GptqFormat,
+    name: str,
+) -> NDArray[np.uint8] | None:
+    """Zero points as `read_grouped` finds them, by the codes of a few columns alone.
+
+    None where these do not bear out the label: then only all of the codes can tell.
+
+    Args:
+        stored: (groups, out) as unpacked from the file.
+        words: (in * bits / 32, out), the packed codes.
+        group_index: (in,) group of every column.
+    """
+    if form.zero_points is ZeroPoints.AUTO and form.spec.bits <= _MAX_EVIDENCE_BITS:
+        codes = unpack_rows(words[: _SAMPLED_COLUMNS * form.spec.bits // WORD_BITS], form.spec.bits)
+        mean_step = _mean_step(stored, codes, group_index[: len(codes)])
+        if _evidence(stored, form.spec, mean_step) != form.label_offset:
+            return None
+    return stored_to_zeros(stored, form, name)
+
+
 def stored_to_zeros(
     stored: NDArray[np.uint8], form: GptqFormat, name: str, mean_step: float | None = None
 ) -> NDArray[np.uint8]:
@@ -227,12 +257,9 @@ def stored_to_zeros(
 def _offset(stored: NDArray[np.uint8], form: GptqFormat, name: str, mean_step: float | None) -> int:
     if form.zero_points is not ZeroPoints.AUTO:
         return int(form.zero_points is ZeroPoints.V1)
-    labelled = 0 if form.is_v2 else 1
-    found = _offset_of_constant(stored, form.spec)
-    if found is None:
-        found = _offset_of_mean(mean_step)
-    if found is None or found == labelled:
-        return labelled
+    found = _evidence(stored, form.spec, mean_step)
+    if found is None or found == form.label_offset:
+        return form.label_offset
     logger.warning(
         "%s.qzeros: checkpoint_format says %s, but the values are those of %s (%s); values win. "
         "Set zero_points to decide otherwise",
@@ -242,6 +269,12 @@ def _offset(stored: NDArray[np.uint8], form: GptqFormat, name: str, mean_step: f
         f"all are {int(stored.flat[0])}" if mean_step is None else f"mean step {mean_step:.2f}",
     )
     return found
+
+
+def _evidence(stored: NDArray[np.uint8], spec: GroupedSpec, mean_step: float | None) -> int | None:
+    """What was taken off the zero points, as the values tell it; None where they do not."""
+    constant = _offset_of_constant(stored, spec)
+    return _offset_of_mean(mean_step) if constant is None else constant
 
 
 def _offset_of_constant(stored: NDArray[np.uint8], spec: GroupedSpec) -> int | None:

@@ -22,6 +22,7 @@ from vqllm.quantization.vptq import VptqOptions
 from vqllm.quantization.vptq_candidates import vptq_candidates
 
 METHOD_NAMES = ("gptq", "rtn", "vptq", "tcq")
+GRID_METHODS = ("gptq", "rtn")
 DIRECTIONS = ("column", "row")
 PREPROCESSING = ("none", "quarot", "quarot-portable", "smoothquant")
 
@@ -58,6 +59,9 @@ class QuantizeConfig:
         bpw: true bits per weight of all linears together, overhead counted; the width and sizes of
             every linear are chosen so that the total meets it.
         group_size: input columns that share a scale; None leaves it to the method.
+        symmetric: zero point of gptq and rtn in the middle of the codes, which the fastest kernels
+            of other tools want, instead of a stored one per group, which rounds better. None takes
+            the middle from 4 bits on, unless a rotation keeps other tools from the folder anyway.
         direction: of the trellis: "column" runs along the outputs inside one input column, "row"
             along the inputs inside one output row (worse, no native kernels).
         preprocess: one of PREPROCESSING; None is what suits the method. "quarot-portable" leaves
@@ -76,6 +80,7 @@ class QuantizeConfig:
     bits: int | None = None
     bpw: float | None = None
     group_size: int | None = None
+    symmetric: bool | None = None
     direction: str = "column"
     preprocess: str | None = None
     alpha: float = 0.5
@@ -91,6 +96,8 @@ class QuantizeConfig:
             raise InvalidConfig("direction", self.direction, f"one of {DIRECTIONS}")
         if self.direction == "row" and (self.method != "tcq" or self.group_size):
             raise InvalidConfig("direction", "row", '"column", except for tcq without groups')
+        if self.symmetric is not None and self.method not in GRID_METHODS:
+            raise InvalidConfig("symmetric", self.symmetric, f"absent for {self.method}")
         if self.preprocess not in (None, *PREPROCESSING):
             raise InvalidConfig("preprocess", self.preprocess, f"one of {PREPROCESSING}")
         if self.bits is not None and self.bpw is not None:
@@ -111,6 +118,12 @@ class QuantizeConfig:
             return self.preprocess
         return "quarot" if self.method == "tcq" else "none"
 
+    def is_symmetric(self, bits: int) -> bool:
+        """Whether grids of that width have their zero point in the middle of the codes."""
+        if self.symmetric is not None:
+            return self.symmetric
+        return bits >= 4 and self.preprocessing != "quarot"
+
     def options(self, bits: int | None = None) -> MethodOptions:
         """Options of a linear at a width; by default the one that was asked for."""
         return _options(self, bits or self.bits or 4)
@@ -124,9 +137,9 @@ def _options(config: QuantizeConfig, bits: int) -> MethodOptions:
     group_size = config.group_size
     match config.method:
         case "gptq":
-            return GptqOptions(GroupedSpec(bits, group_size or 128), symmetric=bits >= 4)
+            return GptqOptions(GroupedSpec(bits, group_size or 128), config.is_symmetric(bits))
         case "rtn":
-            return RtnOptions(GroupedSpec(bits, group_size or 128), symmetric=bits >= 4)
+            return RtnOptions(GroupedSpec(bits, group_size or 128), config.is_symmetric(bits))
         case "tcq" if config.direction == "row":
             return TcqRowOptions(bits)
         case "tcq":

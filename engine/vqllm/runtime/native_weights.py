@@ -25,7 +25,7 @@ from vqkernels.matrix_weights import (
 )
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import UnsupportedModel
-from vqllm.formats.gptq import GptqFormat, stored_to_zeros
+from vqllm.formats.gptq import GptqFormat, sampled_zeros
 from vqllm.packing import unpack_columns
 from vqllm.quantization.base import GroupedLinear, QuantizedLinear, contiguous_groups
 from vqllm.quantization.vptq_linear import VptqLinear
@@ -82,9 +82,9 @@ _REMEDY = "use the executor onnx or torch"
 
 
 def _stored_words(checkpoint: Checkpoint, name: str) -> GridWeights | None:
-    """Symmetric GPTQ codes straight from the file, where nothing has to be looked into."""
+    """GPTQ codes straight from the file, where nothing has to be looked into."""
     form, store = checkpoint.quantization, checkpoint.store
-    if not isinstance(form, GptqFormat) or not form.is_symmetric or f"{name}.qweight" not in store:
+    if not isinstance(form, GptqFormat) or f"{name}.qweight" not in store:
         return None
     spec = form.spec
     out_features, in_features = checkpoint.linear_shape(name)
@@ -96,23 +96,23 @@ def _stored_words(checkpoint: Checkpoint, name: str) -> GridWeights | None:
     }
     if any(store.shape(f"{name}.{part}") != shape for part, shape in shapes.items()):
         return None  # the checkpoint's own reader says what is wrong
-    stored = unpack_columns(store.raw(f"{name}.qzeros"), spec.bits)
-    scales = store.raw(f"{name}.scales")
-    is_plain = (stored == stored.flat[0]).all() and scales.dtype == np.float16
-    is_plain = is_plain and bool((stored_to_zeros(stored, form, name) == spec.symmetric_zero).all())
-    group_size = _group_size(spec.group_size, in_features)
-    if not is_plain or group_size is None or not _has_plain_groups(checkpoint, name, in_features):
+    words, scales = store.raw(f"{name}.qweight"), store.raw(f"{name}.scales")
+    group_size, plain = _group_size(spec.group_size, in_features), _plain_groups(checkpoint, name)
+    if scales.dtype != np.float16 or group_size is None or plain is None:
         return None
-    return GridWeights(store.raw(f"{name}.qweight"), scales, bits=spec.bits, group_size=group_size)
+    stored = unpack_columns(store.raw(f"{name}.qzeros"), spec.bits)
+    zeros = sampled_zeros(stored, words, plain, form, name)
+    return None if zeros is None else GridWeights(words, scales, zeros, spec.bits, group_size)
 
 
-def _has_plain_groups(checkpoint: Checkpoint, name: str, in_features: int) -> bool:
+def _plain_groups(checkpoint: Checkpoint, name: str) -> NDArray[np.int32] | None:
+    """The group (in,) of every column; None where groups are no runs of columns."""
     form, store = checkpoint.quantization, checkpoint.store
     assert isinstance(form, GptqFormat)
-    if f"{name}.g_idx" not in store:
-        return True
-    expected = contiguous_groups(in_features, form.spec)
-    return np.array_equal(store.raw(f"{name}.g_idx"), expected)
+    expected = contiguous_groups(checkpoint.linear_shape(name)[1], form.spec)
+    has_index = f"{name}.g_idx" in store
+    is_plain = not has_index or np.array_equal(store.raw(f"{name}.g_idx"), expected)
+    return expected if is_plain else None
 
 
 def _group_size(group_size: int, in_features: int) -> int | None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from vqkernels import NativeStatus, forced_isa, native_status, supported_isas
+from vqkernels.matrix_weights import GridWeights
 from vqllm.checkpoint import Checkpoint
 from vqllm.errors import ExecutorUnavailable, InvalidConfig, UnsupportedModel
 from vqllm.formats.base import FolderFormat
@@ -30,6 +32,7 @@ from vqllm.runtime.executors.native import NativeExecutor, NativeOptions
 from vqllm.runtime.executors.paged import Chunk
 from vqllm.runtime.executors.torch import TorchExecutor
 from vqllm.runtime.loading import make_executor
+from vqllm.runtime.native_weights import packable
 
 MakeFolder = Callable[..., Path]
 
@@ -131,6 +134,15 @@ def rounded(weight: NDArray[np.float32], spec: GroupedSpec) -> GroupedLinear:
     )
 
 
+def uneven(weight: NDArray[np.float32], spec: GroupedSpec) -> GroupedLinear:
+    """As `rounded`, with a zero point of its own for every group."""
+    linear, middle = rounded(weight, spec), spec.symmetric_zero
+    shape = linear.zeros.shape
+    zeros = np.random.default_rng(5).integers(middle - 2, middle + 3, shape, dtype=np.uint8)
+    codes = linear.codes.astype(np.int16) + zeros[linear.group_index] - middle
+    return replace(linear, codes=codes.clip(0, spec.max_code).astype(np.uint8), zeros=zeros)
+
+
 @pytest.fixture
 def checkpoint(tiny_folder: Path, tmp_path: Path) -> Checkpoint:
     return quantized(tiny_folder, tmp_path / "q")
@@ -150,6 +162,28 @@ def assert_follows_the_reference(checkpoint: Checkpoint, tokens: list[int] = TOK
     assert divergence(exact, expected) < 1e-3
     fast = NativeExecutor(checkpoint, 128, 1, 2).score(tokens)
     assert divergence(fast, expected) < 0.02
+
+
+@pytest.mark.parametrize("is_mislabelled", [False, True])
+def test_zero_points_of_groups_come_from_the_file_as_from_its_reader(
+    tiny_folder: Path, tmp_path: Path, is_mislabelled: bool
+) -> None:
+    spec = GroupedSpec(4, 32)
+    label = GptqFormat(spec, is_symmetric=False, is_v2=True)
+    truth = replace(label, is_v2=not is_mislabelled)
+
+    def packed(name: str, weight: NDArray[np.float32]) -> Arrays:
+        return packed_tensors(name, uneven(weight, spec), truth)
+
+    checkpoint = written(tiny_folder, tmp_path / "q", packed, lambda: label)
+    weights, _ = packable(checkpoint, "model.layers.0.mlp.gate_proj")
+    linear = checkpoint.linear("model.layers.0.mlp.gate_proj")
+    assert isinstance(weights, GridWeights)
+    assert isinstance(linear, GroupedLinear)
+    assert weights.zeros is not None
+    np.testing.assert_array_equal(weights.zeros, linear.zeros)
+    assert (weights.codes.dtype == np.int32) == (not is_mislabelled)  # unpacked only where needed
+    assert_follows_the_reference(checkpoint)
 
 
 def test_int8_activations_keep_the_reference_s_predictions(checkpoint: Checkpoint) -> None:

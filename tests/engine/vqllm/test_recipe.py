@@ -42,6 +42,22 @@ def test_options_of_every_method_survive_json(method: str) -> None:
     assert again.method == method
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_zero_point_is_in_the_middle_where_other_tools_gain_from_it(method: str) -> None:
+    def is_symmetric(bits: int, **wish: Any) -> Any:
+        options = QuantizeConfig(method=method, bits=bits, **wish).options()
+        return options.symmetric  # type: ignore[attr-defined]
+
+    assert is_symmetric(4)
+    assert is_symmetric(4, preprocess="quarot-portable")
+    assert not is_symmetric(3)
+    assert not is_symmetric(4, preprocess="quarot")
+    assert is_symmetric(4, preprocess="quarot", symmetric=True)
+    assert not is_symmetric(8, symmetric=False)
+    with pytest.raises(InvalidConfig, match="symmetric"):
+        QuantizeConfig(method="tcq", bits=2, symmetric=True)
+
+
 def test_the_hash_tells_recipes_apart() -> None:
     default = TcqOptions(2)
     recipes = [
