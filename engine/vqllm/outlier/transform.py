@@ -19,7 +19,7 @@ from vqllm.errors import CorruptCheckpoint, InvalidConfig
 from vqllm.outlier.hadamard import hadamard_matrix, hadamard_size
 
 _MAX_SEED = 2**64 - 1
-_RADIX_BITS = 6
+_RADIX_BITS = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +59,14 @@ class HadamardRotation:
         return torch.from_numpy(self.signs).to(like)
 
     def _transform(self, rows: Tensor, inverse: bool) -> Tensor:
-        base = torch.from_numpy(hadamard_matrix(self.order)).to(rows)
-        shape = rows.shape
-        rows = rows.reshape(-1, self.order, 1 << self.power)
+        mixed = _walsh(rows.reshape(-1, 1 << self.power), self.power)
         if self.order > 1:
-            rows = torch.einsum("nab,ac->ncb", rows, base.T if inverse else base)
-        rows = _walsh(rows.reshape(-1, 1 << self.power), self.power)
+            base = torch.from_numpy(hadamard_matrix(self.order)).to(rows)
+            mixed = torch.matmul(
+                base if inverse else base.T, mixed.reshape(-1, self.order, 1 << self.power)
+            )
         scale: float = (self.order * 2.0**self.power) ** -0.5
-        return rows.reshape(shape) * scale
+        return mixed.reshape(rows.shape) * scale
 
 
 @cache
@@ -135,18 +135,20 @@ class ModelTransform:
 
 
 def _walsh(rows: Tensor, power: int) -> Tensor:
-    """Sylvester's transform of rows (n, 2^power) without scale, by dense steps of radix 64."""
-    if power == 0:
-        return rows
-    count = rows.shape[0]
-    done = 0
+    """Sylvester's transform of rows (n, 2^power) without scale, by dense products.
+
+    One large product costs more operations than butterflies and much less time.
+    """
+    shape, done = rows.shape, 0
     while done < power:
         step = min(_RADIX_BITS, power - done)
-        inner = 1 << (power - done - step)
-        split = rows.reshape(count << done, 1 << step, inner)
-        rows = torch.einsum("nab,ac->ncb", split, _sylvester(step).to(rows))
+        matrix = _sylvester(step).to(rows)
+        if done == 0:
+            rows = rows.reshape(-1, 1 << step) @ matrix
+        else:
+            rows = torch.matmul(matrix, rows.reshape(-1, 1 << step, 1 << done))
         done += step
-    return rows.reshape(count, 1 << power)
+    return rows.reshape(shape)
 
 
 @cache

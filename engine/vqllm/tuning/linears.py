@@ -136,22 +136,27 @@ class CodebookCore(Core):
             if name.endswith("centroids")
         }
         self._shape = linear.out_features, linear.in_features
-        order = np.arange(linear.in_features) if linear.order is None else linear.order
-        self._order = torch.from_numpy(order.astype(np.int64))
+        self._order: Tensor | None = None
+        if linear.order is not None:
+            self._order = torch.from_numpy(linear.order.astype(np.int64))
         self._lookups = list(_lookups(linear))
 
     def build(self) -> Tensor:
         rows, columns = self._shape
-        tables = torch.zeros(rows, columns, device=self._order.device)
+        tables = torch.zeros(rows, columns, device=self._lookups[0].indices.device)
         for lookup in self._lookups:
             vectors = self._book(lookup)[lookup.indices]
             tables[:, lookup.columns] += vectors.transpose(1, 2).flatten(0, 1)[:rows]
+        if self._order is None:
+            return tables
         result = torch.empty_like(tables)
         result[:, self._order] = tables
         return result
 
     def pull(self, gradient: Tensor) -> None:
-        ordered = gradient.float()[:, self._order]
+        ordered = gradient.float()
+        if self._order is not None:
+            ordered = ordered[:, self._order]
         sums = {name: torch.zeros_like(t.change) for name, t in self.tunables.items()}
         for lookup in self._lookups:
             book = sums[lookup.name] if lookup.group is None else sums[lookup.name][lookup.group]
@@ -159,12 +164,15 @@ class CodebookCore(Core):
             part = ordered[:, lookup.columns]
             part = F.pad(part, (0, 0, 0, -len(part) % length))
             vectors = part.reshape(-1, length, part.shape[1]).transpose(1, 2).flatten(0, 1)
-            book.index_add_(0, lookup.indices.flatten(), vectors)
+            # index_add_ gives the same sums and takes every row for a tensor: five times as long.
+            entries = lookup.indices.flatten().long()[:, None].expand_as(vectors)
+            book.scatter_add_(0, entries, vectors)
         for name, tunable in self.tunables.items():
             tunable.pull(sums[name])
 
     def to(self, device: torch.device | str) -> None:
-        self._order = self._order.to(device)
+        if self._order is not None:
+            self._order = self._order.to(device)
         for lookup in self._lookups:
             lookup.indices = lookup.indices.to(device)
         _move(self.tunables, device)
