@@ -26,6 +26,7 @@ from vqllm.quantization.parts import QuantizedPart
 from vqllm.quantization.pipeline import Surroundings
 from vqllm.quantization.presets import QuantizeConfig
 from vqllm.quantization.recipe import Recipe
+from vqllm.quantization.sensitivity import MeasuringReport, no_report
 from vqllm.quantization.workers import Workers
 from vqllm.runtime.tokenizer import ChatTokenizer
 from vqllm.sources import PlainSource
@@ -61,6 +62,8 @@ class RunOptions:
         mapper: where linears are quantized; None is on the workers.
         report: called with every finished linear.
         report_tuning: called after every step of tuning.
+        report_measuring: called after every block, forwards and backwards, where a bit budget
+            has the linears' sensitivities measured first.
     """
 
     resume: bool = True
@@ -69,6 +72,7 @@ class RunOptions:
     mapper: Mapper | None = None
     report: Report = _ignore
     report_tuning: TuningReport = _ignore_step
+    report_measuring: MeasuringReport = no_report
 
 
 class AutoQuantizer:
@@ -92,6 +96,10 @@ class AutoQuantizer:
     @property
     def num_linears(self) -> int:
         return len(self.checkpoint.linear_names())
+
+    @property
+    def num_blocks(self) -> int:
+        return self.checkpoint.config.num_layers
 
     def quantize(
         self,
@@ -174,7 +182,7 @@ class AutoQuantizer:
             raise VqllmError(f"{target} exists already; remove it or choose another folder")
         job = self._job(config, calibration)
         work = WorkFolder(target, job.key, options.resume)
-        recipe = work.recipe(partial(job.recipe, options.workers))
+        recipe = work.recipe(partial(job.recipe, options.workers, options.report_measuring))
         for part in job.run(recipe, self._surroundings(job, recipe, options, work)):
             options.report(part)
         self._complete(job, recipe, work, target, options)

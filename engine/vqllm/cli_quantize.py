@@ -136,14 +136,12 @@ def quantize(
     limit = None if max_memory is None else parse_bytes(max_memory)
     quantizer = AutoQuantizer.from_pretrained(model, cache)
     start = time.monotonic()
-    if bpw is not None:
-        _messages.print("first measuring how many bits every linear needs (minutes)")
     with (
         Workers(threads) as workers,
         make_mapper(executor) as mapper,
-        _Display(quantizer.num_linears, tune_steps) as display,
+        _Display(quantizer.num_linears, tune_steps, quantizer.num_blocks) as display,
     ):
-        reports = (display.report, display.report_tuning)
+        reports = (display.report, display.report_tuning, display.report_measuring)
         elsewhere = None if executor == "local" else mapper
         options = RunOptions(resume, limit, workers, elsewhere, *reports)
         quantizer.quantize_to(output, config, text, options)
@@ -180,7 +178,7 @@ def rehearse(
     limit = None if max_memory is None else parse_bytes(max_memory)
     shape = find_shape(model)
     recipe, size = make_recipe(wish, {}), (windows, window_length)
-    with Workers(threads) as workers, _Display(len(shape.linear_shapes()), 0) as display:
+    with Workers(threads) as workers, _Display(len(shape.linear_shapes())) as display:
         done = run(shape, recipe, size, limit, display.report, workers)
     table = Table(title=f"one block of {model}", show_header=False)
     table.add_row("way", "lean: weights and states on disk" if done.is_lean else "fast")
@@ -202,12 +200,12 @@ def _print_info(folder: Path) -> None:
 
 
 class _Display:
-    """Bars for linears and tuning steps, with the error of the last linear and the time left.
+    """Bars for measuring, linears and tuning steps, with the last one's error and the time left.
 
     Where the output is no terminal, as in a log file, a line now and then takes their place.
     """
 
-    def __init__(self, num_linears: int, tune_steps: int) -> None:
+    def __init__(self, num_linears: int, tune_steps: int = 0, num_blocks: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -219,10 +217,13 @@ class _Display:
             console=_messages,
             disable=not _messages.is_terminal,
         )
-        self._linears = self._progress.add_task("quantizing", total=num_linears, last="")
-        self._tuning: TaskID | None = None
-        if tune_steps:
-            self._tuning = self._progress.add_task("tuning", total=tune_steps, last="", start=False)
+        self._measuring = self._add("measuring sensitivities", 2 * num_blocks)
+        self._linears = self._add("quantizing", num_linears)
+        self._tuning = self._add("tuning", tune_steps)
+
+    def _add(self, what: str, total: int) -> TaskID:
+        """A bar that is seen from its first step on: not all of them are needed every time."""
+        return self._progress.add_task(what, total=total, last="", start=False, visible=False)
 
     def __enter__(self) -> _Display:
         self._progress.start()
@@ -231,6 +232,10 @@ class _Display:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def report_measuring(self) -> None:
+        """Count a block whose linears' sensitivities are being measured, once in each direction."""
+        self._advance(self._measuring, "")
+
     def report(self, part: QuantizedPart) -> None:
         """Count a finished linear."""
         name = part.name.removeprefix("model.layers.")
@@ -238,18 +243,19 @@ class _Display:
 
     def report_tuning(self, step: TuningStep) -> None:
         """Count a step of tuning."""
-        if self._tuning is not None:
-            self._advance(self._tuning, f"KL {step.divergence:.4f}")
+        self._advance(self._tuning, f"KL {step.divergence:.4f}")
 
     def _advance(self, bar: TaskID, last: str) -> None:
         task = self._progress.tasks[bar]
         if not task.started:
             self._progress.start_task(bar)
-        self._progress.update(bar, advance=1, last=last)
+        self._progress.update(bar, advance=1, last=last, visible=True)
         if self._progress.disable and _is_due(int(task.completed), int(task.total or 1)):
-            line = f"{task.description} {task.completed:.0f}/{task.total:.0f}, {last}"
-            seconds = f"{task.elapsed or 0:.0f} s"
-            _messages.print(f"{line}, {seconds}", highlight=False, soft_wrap=True)
+            count, seconds = f"{task.completed:.0f}/{task.total:.0f}", f"{task.elapsed or 0:.0f} s"
+            line = ", ".join(
+                word for word in (f"{task.description} {count}", last, seconds) if word
+            )
+            _messages.print(line, highlight=False, soft_wrap=True)
 
 
 def _is_due(done: int, total: int) -> bool:

@@ -24,7 +24,12 @@ from vqllm.quantization.pipeline import Surroundings, quantize_model
 from vqllm.quantization.presets import QuantizeConfig, make_recipe
 from vqllm.quantization.recipe import Recipe, hash_of
 from vqllm.quantization.saving import CheckpointWriter, FolderPlan
-from vqllm.quantization.sensitivity import SensitivityConfig, sensitivities
+from vqllm.quantization.sensitivity import (
+    MeasuringReport,
+    SensitivityConfig,
+    no_report,
+    sensitivities,
+)
 from vqllm.quantization.workers import Workers
 from vqllm.sources import PlainSource, WeightSource
 from vqllm.tuning.tune import TuningConfig, TuningStep, tune
@@ -94,8 +99,11 @@ class QuantizeJob:
         digest = hashlib.sha256(np.ascontiguousarray(self.windows).tobytes()).hexdigest()
         return hash_of([list(self.windows.shape), digest])
 
-    def recipe(self, workers: Workers | None = None) -> Recipe:
+    def recipe(self, workers: Workers | None = None, report: MeasuringReport = no_report) -> Recipe:
         """Options of every linear; measures sensitivities where there is a bit budget.
+
+        Args:
+            report: called after every block that was measured, forwards and then backwards.
 
         Raises:
             OverBudget: the bit budget cannot be met.
@@ -104,7 +112,7 @@ class QuantizeJob:
             return make_recipe(self.config, self.shapes)
         make_recipe(self.config, self.shapes, dict.fromkeys(self.shapes, 1.0))  # fails early
         config = SensitivityConfig(seed=self.config.seed)
-        found = sensitivities(self.source, self.windows, config, workers)
+        found = sensitivities(self.source, self.windows, config, workers, report)
         return make_recipe(self.config, self.shapes, found)
 
     def run(self, recipe: Recipe, surroundings: Surroundings) -> Iterator[QuantizedPart]:

@@ -23,6 +23,7 @@ method.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,6 +43,13 @@ from vqllm.quantization.workers import Workers, one_thread_each
 from vqllm.sources import WeightSource
 
 BATCH_WINDOWS = 2
+
+
+MeasuringReport = Callable[[], None]
+
+
+def no_report() -> None:
+    """The report of callers who want none."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +79,37 @@ def sensitivities(
     windows: Windows,
     config: SensitivityConfig | None = None,
     workers: Workers | None = None,
+    report: MeasuringReport = no_report,
 ) -> dict[str, float]:
     """KL (nats per token) per unit of distortion of every linear, by full name.
 
     Args:
         windows: tokens (num_windows, window_length).
         workers: share out the windows; the numbers do not depend on how many there are.
+        report: called after every block, twice in all: forwards and backwards.
 
     Raises:
         CalibrationError: a gradient is not finite; names the linear.
     """
     config, workers = config or SensitivityConfig(), workers or Workers()
     with one_thread_each():
-        return _Measurement(source, windows[: config.num_windows], config, workers).run()
+        chosen = windows[: config.num_windows]
+        return _Measurement(source, chosen, config, workers, report).run()
 
 
 class _Measurement:
     """One pass forwards and one backwards through the blocks."""
 
     def __init__(
-        self, source: WeightSource, windows: Windows, config: SensitivityConfig, workers: Workers
+        self,
+        source: WeightSource,
+        windows: Windows,
+        config: SensitivityConfig,
+        workers: Workers,
+        report: MeasuringReport,
     ) -> None:
         self._source, self._config, self._workers = source, config, workers
+        self._report = report
         self._tokens = torch.from_numpy(windows)
         self._rotary = RotaryTable.build(source.config, windows.shape[1])
 
@@ -106,6 +123,7 @@ class _Measurement:
             layer, watch = weights.layer, self._watch(weights, entries.pop(), gradient)
             for part, value in watch.sensitivities(self._config.damping, self._workers).items():
                 found[f"model.layers.{layer}.{part}"] = value
+            self._report()
         return {name: found[name] for name in self._source.linear_names()}
 
     def _block(self, layer: int) -> BlockWeights:
@@ -125,6 +143,7 @@ class _Measurement:
                     row.copy_(forward_block(row, weights, self._source.config, self._rotary))
 
                 self._workers.run(advance, torch.split(hidden, BATCH_WINDOWS))
+                self._report()
         return entries, hidden
 
     def _output_gradients(self, hidden: Tensor) -> Tensor:
