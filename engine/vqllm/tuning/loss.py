@@ -38,10 +38,10 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, len(normed), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             wanted, found = head.project(teacher[rows]), head.project(normed[rows])
-            log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
-            p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
-            slope = log_q.exp_().sub_(p).to(head.table.dtype)
+            p = wanted.softmax(-1)
+            difference = wanted.log_softmax(-1).sub_(found.log_softmax(-1))
+            total += difference.mul_(p).sum(dtype=torch.float64)
+            slope = found.softmax(-1).sub_(p).to(head.table.dtype)
             gradient[rows] = (slope @ head.table).to(gradient.dtype)
         ctx.save_for_backward(gradient)  # type: ignore[attr-defined]
         return total.float()
