@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vqllm.quantization.base import GroupedLinear, GroupedSpec, contiguous_group
 from vqllm.quantization.vptq_linear import VptqLinear, VptqSpec
 from vqllm.runtime.engine import EngineConfig
 from vqllm.runtime.executors import cuda
+from vqllm.runtime.executors.base import Logits
 from vqllm.runtime.executors.cuda import _gptq_arrays
 from vqllm.runtime.executors.torch import TorchExecutor
 from vqllm.runtime.loading import make_executor
@@ -123,15 +125,29 @@ def test_it_predicts_what_the_reference_predicts(
     assert code == 0, errors
     checkpoint = Checkpoint(target)
     monkeypatch.setattr(cuda, "_open_gpu", emulated_gpu.open_gpu)
-    executor = cuda.CudaExecutor(checkpoint, 64)
-    reference = TorchExecutor(checkpoint, 64)
-    caches = executor.allocate(), reference.allocate()
-    emulated_gpu.launches(emulated_driver)
-    for tokens in (list(range(40, 60)), [7], [8]):
-        found = executor.prefill(caches[0], tokens)
-        expected = reference.prefill(caches[1], tokens)
+    executors = cuda.CudaExecutor(checkpoint, 64), TorchExecutor(checkpoint, 64)
+
+    def run(step: Callable[[TorchExecutor], Logits]) -> list[str]:
+        """Take a step on both, compare, and say which kernels ran."""
+        emulated_gpu.launches(emulated_driver)
+        found, expected = (step(executor) for executor in executors)
         assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
-    names = emulated_gpu.launches(emulated_driver)
-    assert {"gemm32", "b1"} <= {name.split("_")[-1] for name in names}
-    assert all(kernel in name for name in names)
-    assert "emulated" in executor.providers[0]
+        names = emulated_gpu.launches(emulated_driver)
+        assert all(kernel in name for name in names)
+        return [name.split("_")[-1] for name in names]
+
+    for executor in executors:
+        assert [executor.allocate() for _ in range(4)] == [0, 1, 2, 3]
+    kernels = [
+        run(partial(TorchExecutor.prefill, cache=cache, token_ids=range(40, 40 + size)))
+        for cache, size in enumerate((20, 1, 33, 9))
+    ]
+    assert {"gemm32", "b1"} <= {name for names in kernels for name in names}
+    # A batch is one launch per linear, not one per sequence.
+    num_linears = len(checkpoint.config.linear_names())
+    together = run(partial(TorchExecutor.decode, caches=[2, 0, 3, 1], token_ids=[7, 8, 9, 10]))
+    assert len(together) == num_linears
+    assert set(together) <= {"b4", "gemm16"}
+    alone = run(partial(TorchExecutor.decode, caches=[3], token_ids=[5]))
+    assert set(alone) == {"b1"}
+    assert "emulated" in executors[0].providers[0]

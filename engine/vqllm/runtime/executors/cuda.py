@@ -1,7 +1,9 @@
 """The CUDA executor: the reference's forward pass with packed weights in our GPU kernels.
 
 Norms, attention and the output head stay in torch. A linear whose format has no kernel runs in half
-precision, dequantized, and `providers` counts both kinds. Knows nothing of requests or text.
+precision, dequantized, and `providers` counts both kinds. The KV cache is in half precision and is
+reserved at the start, so that memory that does not suffice shows before any request. Knows nothing
+of requests or text.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class CudaExecutor(TorchExecutor):
         sizes = (context_length, max_num_sequences, num_threads)
         device = str(self._gpu.device)
         super().__init__(checkpoint, *sizes, device=device, dtype=torch.float16)
-        _log.info("linears on the GPU", extra={"facts": dict(self._formats)})
+        facts = {**self._formats, "kv_cache_bytes": self._slots.num_bytes}
+        _log.info("linears and KV cache on the GPU", extra={"facts": facts})
 
     @property
     def providers(self) -> tuple[str, ...]:
