@@ -255,13 +255,15 @@ class _Targets:
                 workers.run(partial(advance, block=forward), rows)
                 trim_heap()
             workers.run(partial(advance, block=head.normed), rows)
+        # The projection reads them in its own precision: kept in it they are half as large.
+        self._normed = self._normed.to(dtype)
 
     def tokens(self, index: int) -> Tensor:
         """Tokens (t,) of a window."""
         return self._tokens[self._place[index]]
 
     def normed(self, index: int) -> Tensor:
-        """(t, d) float32."""
+        """(t, d) in the dtype of the output projection."""
         return self._normed[self._place[index]]
 
 
