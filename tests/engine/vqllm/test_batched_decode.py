@@ -23,13 +23,19 @@ TOLERANCE = 2e-5
 
 
 class BatchedExecutor(TorchExecutor):
-    """What the CUDA executor does, in float32 on a CPU; notes how many sequences a step had."""
+    """What the CUDA executor does, in torch alone; notes how many sequences a step had."""
 
     name = "batched"
     batches_decode = True
 
-    def __init__(self, checkpoint: Checkpoint, max_num_sequences: int) -> None:
-        super().__init__(checkpoint, LENGTH, max_num_sequences)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        max_num_sequences: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(checkpoint, LENGTH, max_num_sequences, device=device, dtype=dtype)
         self.batches: list[int] = []
 
     def decode(self, caches: Sequence[int], token_ids: Sequence[int]) -> Logits:
@@ -86,6 +92,29 @@ def test_a_batch_gives_each_sequence_its_own_logits(tmp_path: Path, family: str)
     for _ in range(3):
         pair.decode(newcomer, short, middle, last)
     pair.decode(last, newcomer)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["llama-biases", "mistral", "qwen2", "deepseek-v2"])
+def test_half_precision_stays_close(tmp_path: Path, family: str, device: str) -> None:
+    # Without experts, where the family has them: a rounded score may choose others.
+    checkpoint = Checkpoint(write_tiny_model(tmp_path, family, first_k_dense_replace=9))
+    single = TorchExecutor(checkpoint, LENGTH, 3)
+    half = BatchedExecutor(checkpoint, 3, device, torch.float16)
+    assert half._slots.num_bytes == single._slots.num_bytes // 2
+
+    def run(executor: TorchExecutor) -> Logits:
+        caches = [executor.allocate() for _ in range(3)]
+        rows: list[Logits] = []
+        for cache, size in zip(caches, (12, 3, 9), strict=True):
+            executor.prefill(cache, TOKENS[:size])
+            rows.append(executor.prefill(cache, TOKENS[size : size + 4]))
+        for step in range(5):
+            rows += list(executor.decode(caches, TOKENS[step : step + 3]))
+        return np.stack(rows)
+
+    expected = run(single)
+    np.testing.assert_allclose(run(half), expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_infinite_activations_stay_in_their_own_sequence(tmp_path: Path) -> None:
