@@ -68,10 +68,12 @@ def _quantize(cache: Path, target: Path, recipe: Recipe) -> None:
     print(f"Preparing the language model (once; some minutes): {target}", flush=True)
     _vqllm(["fetch", MODEL, "--cache", str(cache)])
     options = [*recipe.options, *_QUICK, "--cache", str(cache)]
-    _vqllm(["quantize", MODEL, *options, "-o", str(target)])
+    hint = f"; if another version began it, remove {target}.partial"
+    _vqllm(["quantize", MODEL, *options, "-o", str(target)], hint)
 
 
-def _vqllm(arguments: list[str]) -> None:
+def _vqllm(arguments: list[str], hint: str = "") -> None:
     finished = subprocess.run([sys.executable, "-m", "vqllm", *arguments], check=False)
     if finished.returncode != 0:
-        raise DemoError(f"`vqllm {arguments[0]}` failed with exit code {finished.returncode}")
+        code = finished.returncode
+        raise DemoError(f"`vqllm {arguments[0]}` failed with exit code {code}{hint}")

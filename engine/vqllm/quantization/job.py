@@ -84,9 +84,13 @@ class QuantizeJob:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What finished linears depend on, fit for JSON; reads the weights once."""
+        """What finished linears depend on, fit for JSON; reads the weights once.
+
+        Settings that were not made are left out: a run goes on where a later version has more.
+        """
         later = ("tune_steps", "embedding_bits")
-        kept = {name: v for name, v in self.config.to_dict().items() if name not in later}
+        settings = self.config.to_dict().items()
+        kept = {name: v for name, v in settings if name not in later and v is not None}
         return {
             "config": {**kept, "preprocess": self.config.preprocessing},
             "source": _revision(self.checkpoint),

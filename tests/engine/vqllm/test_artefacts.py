@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from vqllm.checkpoint import Checkpoint
 from vqllm.errors import CorruptArtefact, DiskFull, ResumeMismatch
 from vqllm.quantization.artefacts import WorkFolder
 from vqllm.quantization.hessian import factorize
+from vqllm.quantization.job import QuantizeJob
 from vqllm.quantization.methods import method_of
 from vqllm.quantization.parts import QuantizedPart
 from vqllm.quantization.presets import METHOD_NAMES, QuantizeConfig
@@ -23,6 +26,18 @@ from vqllm.quantization.tcq import TcqOptions
 KEY: dict[str, Any] = {"config": {"alpha": 0.5, "dampings": (0.01,)}, "source": "abc"}
 ERROR = 0.1 + 1e-16  # its shortest decimal has 17 digits
 NAME = "model.layers.0.mlp.up_proj"
+
+
+def test_settings_that_were_not_made_do_not_decide_whether_a_run_goes_on(
+    tiny_folder: Path, windows: NDArray[np.int64]
+) -> None:
+    def key(**wish: Any) -> Any:
+        job = QuantizeJob(Checkpoint(tiny_folder), QuantizeConfig(bits=4, **wish), windows, "text")
+        return job.key["config"]
+
+    assert None not in key().values()
+    assert key(tune_steps=3) == key()
+    assert key(symmetric=False) != key()
 
 
 def part_of(method: str, bits: int = 2) -> QuantizedPart:
