@@ -259,6 +259,16 @@ def test_the_grid_names_every_arm_once(tmp_path: Path) -> None:
         parse_arm("--bits 3")
 
 
+def test_what_a_peer_leaves_behind_lies_beside_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("work").mkdir()
+    Path("words.py").write_text("open('left', 'w').close()")
+    run_program([sys.executable, Path("words.py")], Path("work/log"))
+    assert Path("work/left").is_file()
+
+
 def test_absent_peers_say_why(tmp_path: Path) -> None:
     assert "no folder" in str(LlamaCpp(None, "Q2_K", tmp_path).missing())
     assert "llama-imatrix" in str(LlamaCpp(tmp_path, "Q2_K", tmp_path).missing())

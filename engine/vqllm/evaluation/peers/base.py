@@ -74,14 +74,15 @@ class Peer(Protocol):
 
 
 def run_program(words: Sequence[str | Path], log: Path) -> None:
-    """Run a program to its end, output into a log file.
+    """Run a program to its end, output into a log file, in whose folder it may leave others.
 
     Raises:
         EvaluationError: it failed; quotes the end of its output.
     """
+    absolute = [str(word.absolute()) if isinstance(word, Path) else word for word in words]
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
-            [str(word) for word in words], stdout=file, stderr=subprocess.STDOUT, check=False
+            absolute, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, check=False
         )
     if done.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace")[-600:].strip()
