@@ -11,8 +11,8 @@ from demo.errors import DemoError
 MODEL = "smollm2"
 DEFAULT_BITS = 4
 
-# Less text, one damping and no tuning: a few minutes instead of twenty, for a guest who waits.
-_QUICK = ("--windows", "16", "--damping", "0.01", "--tune-steps", "0")
+# Less text, one damping and little tuning: a few minutes instead of twenty, for a guest who waits.
+_QUICK = ("--windows", "16", "--damping", "0.01")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Recipe:
 
 
 RECIPES: Mapping[int, Recipe] = {
-    4: Recipe("gptq4", ("--bits", "4", "--group-size", "128", "--asymmetric")),
-    2: Recipe("tcq2", ("--method", "tcq", "--bpw", "2.25")),
+    4: Recipe("gptq4", ("--bits", "4", "--asymmetric", "--tune-steps", "0")),
+    2: Recipe("tcq2", ("--method", "tcq", "--bpw", "2.25", "--tune-steps", "20")),
 }
 
 

@@ -107,7 +107,8 @@ async def recognize_dish(client: TokenizerClient, photograph: Photograph) -> Rec
 async def ask(client: GenerationClient, question: str, show: Callable[[str], None]) -> Answer:
     """Ask the language model, showing the text as it arrives."""
     pieces: list[str] = []
-    sampling = Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0)
+    # A small model that always takes the likeliest word goes round in circles.
+    sampling = Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0, frequency_penalty=0.3)
     usage: Usage | None = None
     async for piece in client.chat([Message("user", question)], sampling=sampling):
         pieces.append(piece.text)
