@@ -21,6 +21,7 @@ from vqserve.common.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidArgument,
+    MalformedRequest,
     MethodNotAllowed,
     NoSuchRoute,
     PayloadTooLarge,
@@ -43,6 +44,8 @@ EXEMPT_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
 # A refused body is read and dropped up to this multiple of the limit, so that the client
 # gets to see the answer instead of a reset connection.
 DISCARD_FACTOR = 4
+# Of x-request-timeout-ms: 30,000 years, and still a float.
+MAX_TIMEOUT_DIGITS = 15
 # A client that trickles its body would hold its place for ever.
 BODY_SECONDS = 60
 WS_TRY_AGAIN_LATER = 1013
@@ -110,7 +113,19 @@ async def _raise_http_exception(request: Request, error: Exception) -> Response:
         )
     if error.status_code == 404:
         raise NoSuchRoute(f"no route {path}; GET /docs lists them")
-    raise InvalidArgument(str(error.detail))
+    raise MalformedRequest(f"{error.detail}: {_unreadable(error.__cause__)}")
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """Why a JSON body could not be read where its syntax is not to blame."""
+    match cause:
+        case UnicodeDecodeError():
+            return f"byte {cause.start} is not {cause.encoding.upper()}; send JSON in UTF-8"
+        case RecursionError():
+            return "its values are nested too deeply; send a flatter object"
+        case ValueError():
+            return "it holds a number with too many digits; send one that fits 64 bits"
+    return "send a JSON object in UTF-8"
 
 
 class _Exchange:
@@ -143,10 +158,10 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] not in EXEMPT_PATHS:
+        elif scope["type"] == "http" and not _is_probe(scope):
             await self._http(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._app(_probed(scope), receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = _begin(scope, "http", scope["method"])
@@ -297,9 +312,12 @@ def _timeout_seconds(scope: Scope) -> float | None:
     value = _header(scope, b"x-request-timeout-ms")
     if value is None:
         return None
-    if not value.isdigit() or int(value) < 1:
+    # isdigit() alone also takes superscripts, which are no numbers to int().
+    is_number = value.isascii() and value.isdigit() and len(value) <= MAX_TIMEOUT_DIGITS
+    if not is_number or int(value) < 1:
         raise InvalidArgument(
-            f"x-request-timeout-ms must be a whole number of at least 1, got {value!r}",
+            f"x-request-timeout-ms must be a whole number of at least 1 and at most "
+            f"{MAX_TIMEOUT_DIGITS} digits, got {value[:40]!r}",
             field="x-request-timeout-ms",
         )
     return int(value) / 1000
@@ -310,6 +328,15 @@ def _header(scope: Scope, name: bytes) -> str | None:
         if key == name:
             return str(value.decode("latin-1"))
     return None
+
+
+def _is_probe(scope: Scope) -> bool:
+    return scope["path"] in EXEMPT_PATHS and scope["method"] in ("GET", "HEAD")
+
+
+def _probed(scope: Scope) -> Scope:
+    # The server leaves out the body of an answer to HEAD, which load balancers ask with.
+    return {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
 
 
 def _begin(scope: Scope, protocol: str, method: str) -> RequestRecord:

@@ -11,15 +11,28 @@ from typing import Any
 
 from vqllm.errors import VqllmError
 from vqllm.runtime.sampling import SamplingParams
+from vqserve.common.errors import ServiceError
 from vqserve.common.logging import annotate
 from vqserve.generation import errors
 from vqserve.generation.convert import translate
 from vqserve.generation.driver import SequenceStream
 from vqserve.generation.models import ModelTable, ServedModel
-from vqserve.generation.request import ChatPrompt, GenerationRequest, Prompt, TextPrompt
+from vqserve.generation.request import (
+    ChatPrompt,
+    GenerationRequest,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
 
 ROLES = ("system", "user", "assistant")
 MAX_STOP_STRINGS = 4
+_PROMPT_ERRORS = (errors.EmptyPrompt, errors.InvalidPrompt, errors.PromptTooLong)
+_PROMPT_FIELDS: dict[type[Prompt], str] = {
+    TextPrompt: "prompt",
+    ChatPrompt: "chat.messages",
+    TokenPrompt: "tokens.ids",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,13 @@ class GenerationCore:
         prompt = _checked_prompt(request.prompt, model)
         token_ids = await model.encode(prompt)
         annotate(model=model.name, prompt_tokens=len(token_ids))
-        stream = await model.driver.submit(token_ids, params, arrived_at)
+        try:
+            stream = await model.driver.submit(token_ids, params, arrived_at)
+        except ServiceError as error:
+            # The engine sees tokens and cannot know which field they came from.
+            if isinstance(error, _PROMPT_ERRORS):
+                error.field = error.field or _PROMPT_FIELDS[type(prompt)]
+            raise
         return Generation(model, stream)
 
     async def tokenize(self, model: str, text: str) -> list[int]:
@@ -79,6 +98,10 @@ def _sampling_params(request: GenerationRequest, context_length: int) -> Samplin
         raise errors.InvalidSampling(
             f"stop has {len(values['stop'])} strings, allowed are {MAX_STOP_STRINGS}",
             field="sampling.stop",
+        )
+    if not all(values.get("stop", ())):
+        raise errors.InvalidSampling(
+            "stop has an empty string, which every text holds; leave it out", field="sampling.stop"
         )
     try:
         return SamplingParams(**values)

@@ -179,6 +179,8 @@ def _error_type(http_status: int) -> str:
 
 def _parameter(field: str | None) -> str | None:
     """The name that an OpenAI client knows the field by."""
+    if field == "tokens.ids":
+        return "prompt"
     return None if field is None else field.removeprefix("sampling.").removeprefix("chat.")
 
 

@@ -26,6 +26,9 @@ from vqserve.generation.request import (
 # What OpenAI documents for /v1/completions when max_tokens is not given.
 COMPLETION_MAX_TOKENS = 16
 
+# No id is longer, and Python refuses to read numbers of thousands of digits.
+MAX_TOKEN_ID_DIGITS = 10
+
 _SAMPLING_FIELDS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
@@ -265,7 +268,8 @@ def _bias(logit_bias: dict[str, float]) -> list[tuple[int, float]]:
     """Pairs by token id, which JSON can only spell as text."""
     pairs = []
     for token_id, addend in logit_bias.items():
-        if not token_id.isascii() or not token_id.isdigit():
+        is_number = token_id.isascii() and token_id.isdigit()
+        if not is_number or len(token_id) > MAX_TOKEN_ID_DIGITS:
             raise InvalidSampling(
                 f"logit_bias has the key {token_id[:40]!r}, allowed are token ids",
                 field="sampling.logit_bias",

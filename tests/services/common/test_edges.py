@@ -243,6 +243,10 @@ async def test_a_deadline_is_counted_as_one(toy: Toy) -> None:
         ("POST", "/ask", b'{"number": "x"}', 400, "INVALID_ARGUMENT"),
         ("POST", "/ask", b"not json", 400, "INVALID_ARGUMENT"),
         ("POST", "/ask", b"", 400, "INVALID_ARGUMENT"),
+        ("POST", "/ask", b'{"number": "\xff"}', 400, "MALFORMED_REQUEST"),
+        ("POST", "/ask", b'{"number": %s}' % (b"[" * 1000 + b"]" * 1000), 400, "MALFORMED_REQUEST"),
+        ("POST", "/readyz", b"", 405, "METHOD_NOT_ALLOWED"),
+        ("DELETE", "/metrics", b"", 405, "METHOD_NOT_ALLOWED"),
         ("POST", "/ask", bytes(2049), 413, "PAYLOAD_TOO_LARGE"),
         ("POST", "/ask", bytes(100_000), 413, "PAYLOAD_TOO_LARGE"),
         ("GET", "/ask", b"", 405, "METHOD_NOT_ALLOWED"),
@@ -259,6 +263,30 @@ async def test_every_http_failure_has_the_same_shape(
     failure = http_failure(response.json(), response.headers)
     assert (response.status_code, failure.reason) == (status, reason)
     assert failure.request_id == response.headers["x-request-id"]
+
+
+async def test_a_body_that_is_no_text_is_told_where(toy: Toy) -> None:
+    headers = {"content-type": "application/json"}
+    async with httpx.AsyncClient() as client:
+        response = await client.post(f"{toy.url}/ask", content=b'{"n\xff": 1}', headers=headers)
+    failure = http_failure(response.json(), response.headers)
+    assert "byte 3 is not UTF-8" in failure.message
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/startupz", "/metrics"])
+async def test_probes_answer_a_load_balancer_that_sends_head(toy: Toy, path: str) -> None:
+    async with httpx.AsyncClient() as client:
+        response = await client.head(toy.url + path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+@pytest.mark.parametrize("value", ["\u00b2", "9" * 400, "9" * 5000, "", "+1", "1_0"])
+async def test_a_timeout_that_is_no_number_is_the_clients_mistake(toy: Toy, value: str) -> None:
+    headers = [(b"x-request-timeout-ms", value.encode("latin-1"))]
+    async with httpx.AsyncClient() as client:
+        response = await client.get(f"{toy.url}/drip", headers=headers)
+    failure = http_failure(response.json(), response.headers)
+    assert (response.status_code, failure.field) == (400, "x-request-timeout-ms")
 
 
 async def test_a_body_that_does_not_arrive_gives_its_place_back(

@@ -59,7 +59,13 @@ NEGATIVE_MAX_TOKENS = (
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 
 CASES = [
-    Case("empty prompt", "EMPTY_PROMPT", pb.GenerateRequest(prompt=""), prompt(prompt="")),
+    Case(
+        "empty prompt",
+        "EMPTY_PROMPT",
+        pb.GenerateRequest(prompt=""),
+        prompt(prompt=""),
+        field="prompt",
+    ),
     Case("no prompt", "EMPTY_PROMPT", pb.GenerateRequest(), (COMPLETIONS, {})),
     Case(
         "no tokens",
@@ -73,6 +79,7 @@ CASES = [
         "PROMPT_TOO_LONG",
         pb.GenerateRequest(prompt="x" * CONTEXT_LENGTH),
         prompt(prompt="x" * CONTEXT_LENGTH),
+        field="prompt",
     ),
     Case(
         "prompt far too long to tokenize",
@@ -86,6 +93,7 @@ CASES = [
         "PROMPT_TOO_LONG",
         chat(("user", "x" * CONTEXT_LENGTH)),
         (CHAT, {"messages": [{"role": "user", "content": "x" * CONTEXT_LENGTH}]}),
+        field="messages",
     ),
     Case(
         "conversation far too long",
@@ -100,7 +108,20 @@ CASES = [
         pb.GenerateRequest(tokens=pb.TokenIds(ids=[1, 257])),
         prompt(prompt=[1, 257]),
     ),
-    Case("negative prompt token", "INVALID_PROMPT", rest=prompt(prompt=[-1])),
+    Case("negative prompt token", "INVALID_PROMPT", rest=prompt(prompt=[-1]), field="prompt"),
+    Case(
+        "bias of a token id with thousands of digits",
+        "INVALID_SAMPLING",
+        rest=prompt(logit_bias={"9" * 5000: 1}),
+        field="logit_bias",
+    ),
+    Case(
+        "empty stop string",
+        "INVALID_SAMPLING",
+        sampling(stop=[".", ""]),
+        prompt(stop=[".", ""]),
+        field="stop",
+    ),
     Case(
         "bias of a token outside the vocabulary",
         "INVALID_SAMPLING",
@@ -258,10 +279,10 @@ CASES = [
             ("MALFORMED_REQUEST", COMPLETIONS, b'{"prompt": "x", "\\ud800": 1}', None),
         )
     ),
-    Case("absurdly deep JSON", "INVALID_ARGUMENT", rest=(COMPLETIONS, b"[" * 100_000)),
+    Case("absurdly deep JSON", "MALFORMED_REQUEST", rest=(COMPLETIONS, b"[" * 100_000)),
     Case(
         "a number of ten thousand digits",
-        "INVALID_ARGUMENT",
+        "MALFORMED_REQUEST",
         rest=(COMPLETIONS, b'{"prompt": "x", "seed": ' + b"7" * 10_000 + b"}"),
     ),
     *(
