@@ -67,7 +67,7 @@ def _add_encode(app: FastAPI, core: TokenizerCore) -> None:
             entropy=convert.entropy_number(entropy), tile_side=tile_side, rate_weight=rate_weight
         )
         message = tokenizer_pb2.EncodeRequest(
-            model=model, image=await request.body(), coding=coding
+            model=model, image=await _file(request), coding=coding
         )
         reply = await core.encode(message, "rest")
         if JSON_MEDIA_TYPE in request.headers.get("accept", ""):
@@ -91,7 +91,7 @@ def _add_decode(app: FastAPI, core: TokenizerCore) -> None:
     ) -> Response:
         """SCQ1 codes to an image file of the original's size."""
         message = tokenizer_pb2.DecodeRequest(
-            codes=await request.body(),
+            codes=await _file(request),
             format=convert.image_format_number(format),
             allow_partial=allow_partial,
         )
@@ -173,6 +173,18 @@ def _add_stream(app: FastAPI, streams: FrameStreams) -> None:
             return
         except ServiceError as error:
             await socket.close(_close_code(error), _close_reason(error))
+
+
+async def _file(request: Request) -> bytes:
+    """The body, which is a file as it is; forms wrap theirs."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/"):
+        raise InvalidArgument(
+            f"content-type is {content_type[:100]!r}; send the file itself as the body, as in "
+            "curl --data-binary @FILE",
+            field="content-type",
+        )
+    return await request.body()
 
 
 async def _requests(socket: WebSocket) -> AsyncIterator[tokenizer_pb2.StreamFramesRequest]:

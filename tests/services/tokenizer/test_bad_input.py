@@ -406,3 +406,12 @@ def test_a_body_without_declared_length_is_limited_too(service: ServiceProcess) 
     chunks = (bytes(50_000) for _ in range(10))
     response = httpx.post(f"{service.http_url}/v1/decode", content=chunks, timeout=20)
     assert response.status_code == 413
+
+
+@pytest.mark.parametrize("route", ["/v1/encode?model=labelled", "/v1/decode"])
+async def test_a_form_is_told_to_send_the_file_itself(service: ServiceProcess, route: str) -> None:
+    form = {"image": ("a.png", image_file(), "image/png")}
+    response = httpx.post(service.http_url + route, files=form, timeout=20)
+    failure = http_failure(response.json(), response.headers)
+    assert (response.status_code, failure.field) == (400, "content-type")
+    assert "--data-binary" in failure.message
