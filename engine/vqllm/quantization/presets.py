@@ -126,7 +126,9 @@ class QuantizeConfig:
 
     def options(self, bits: int | None = None) -> MethodOptions:
         """Options of a linear at a width; by default the one that was asked for."""
-        return _options(self, bits or self.bits or 4)
+        if bits is None:
+            bits = 4 if self.bits is None else self.bits
+        return _options(self, bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON."""
@@ -135,11 +137,12 @@ class QuantizeConfig:
 
 def _options(config: QuantizeConfig, bits: int) -> MethodOptions:
     group_size = config.group_size
+    grid_group = 128 if group_size is None else group_size
     match config.method:
         case "gptq":
-            return GptqOptions(GroupedSpec(bits, group_size or 128), config.is_symmetric(bits))
+            return GptqOptions(GroupedSpec(bits, grid_group), config.is_symmetric(bits))
         case "rtn":
-            return RtnOptions(GroupedSpec(bits, group_size or 128), config.is_symmetric(bits))
+            return RtnOptions(GroupedSpec(bits, grid_group), config.is_symmetric(bits))
         case "tcq" if config.direction == "row":
             return TcqRowOptions(bits)
         case "tcq":

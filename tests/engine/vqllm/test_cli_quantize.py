@@ -37,6 +37,8 @@ def test_a_bit_budget_with_a_memory_limit(
     [
         (("--method", "magic"), "method is 'magic', allowed is one of gptq"),
         (("--bits", "4", "--bpw", "4"), "bits is 4"),
+        (("--bits", "0"), "bits is 0"),
+        (("--group-size", "0"), "group_size is 0"),
         (("--method", "tcq", "--bpw", "0.5"), "0.5 bits per weight cannot be met"),
         (("--max-memory", "lots"), "max_memory is 'lots'"),
         (("--max-memory", "1MB"), "the run needs about"),
