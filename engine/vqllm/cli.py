@@ -1,7 +1,8 @@
 """The `vqllm` command: fetch, quantize, generate, evaluate and describe language models.
 
-Only this module of the package prints. Errors that vqllm raises on purpose end the command with
-one line and exit code 1; anything else is a defect and shows its traceback.
+Only this module of the package prints. Errors that vqllm raises on purpose, and those of files that
+cannot be read or written, end the command with one line and exit code 1; anything else is a defect
+and shows its traceback.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     """Entry point of the `vqllm` console script."""
     try:
         app()
-    except VqllmError as error:
+    except (VqllmError, OSError) as error:
         # One line whatever the terminal's width: scripts read it.
         text = escape(str(error))
         _messages.print(f"[red]error:[/red] {text}", highlight=False, soft_wrap=True)

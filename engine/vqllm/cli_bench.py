@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-STANDARD_OUTPUT = "-"
+from vqllm.cli_output import STANDARD_OUTPUT, check_target
+
 _PIPE_COLUMNS = 180
 
 
@@ -39,6 +40,7 @@ def bench(
     """Measure decode and prefill speed, interleaved, beside the memory's speed in the same run."""
     from vqllm.runtime.bench import BenchConfig, make_contenders, run_bench
 
+    check_target("json", json_file)
     messages = Console(stderr=True)
     config = BenchConfig(threads, prompt, tokens, batch, rounds, temperature)
     folders = [_folder(model, cache) for model in models]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from vqllm.errors import InvalidConfig
 from vqllm.fetch import SOURCES
 
 if TYPE_CHECKING:
     from vqllm.evaluation.compare import Row
+
+MAX_WIDTH = 16
 
 
 def compare(
@@ -74,7 +78,7 @@ def compare(
         num_threads=threads,
     )
     paths = grid.PeerPaths(llama_cpp, gptqmodel_python, output / "cache")
-    widths = tuple(float(width) for width in _words(bits))
+    widths = _widths(bits)
     arms = [
         *grid.our_grid(_words(methods), widths, _words(preprocess)),
         *(grid.parse_arm(entry) for entry in arm or ()),
@@ -101,6 +105,16 @@ def write_tables(reference: str, rows: list[Row], texts: list[str], output: Path
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _widths(text: str) -> tuple[float, ...]:
+    try:
+        widths = tuple(float(word) for word in _words(text))
+    except ValueError:
+        widths = (math.nan,)
+    if not all(0 < width <= MAX_WIDTH for width in widths):
+        raise InvalidConfig("bits", text, f"numbers in (0, {MAX_WIDTH}] by commas, as in 2,2.25,4")
+    return widths
 
 
 def _named(entry: str) -> tuple[str, Path]:

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vqllm.cli_output import STANDARD_OUTPUT, check_target
 from vqllm.fetch import SOURCES
-
-STANDARD_OUTPUT = "-"
 
 
 def evaluate(
@@ -60,13 +59,17 @@ def evaluate(
         TaskOptions,
         evaluate_folder,
         evaluate_tasks,
+        read_items,
     )
     from vqllm.evaluation.windows import WindowConfig
 
+    check_target("json", json_file)
     options = EvaluationOptions(
         text, WindowConfig(window_length, windows, spread), executor, threads
     )
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    asked = TaskOptions(tasks_dir, names, task_limit)
+    read_items(asked)  # a task that is missing shows now, not after the text is scored
     folder = resolve_model(model, cache)
     original = None if reference is None else resolve_model(reference, cache)
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn())
@@ -80,7 +83,6 @@ def evaluate(
         result = evaluate_folder(folder, original, options, show)
         facts = result.to_dict()
         if names:
-            asked = TaskOptions(tasks_dir, names, task_limit)
             facts["tasks"] = evaluate_tasks(folder, original, asked, options, show)
     _show(facts, json_file)
 

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vqllm.cli_output import STANDARD_OUTPUT, check_target
+from vqllm.errors import InvalidConfig
+
 if TYPE_CHECKING:
     from vqllm.plan.measure import MeasureConfig
-
-STANDARD_OUTPUT = "-"
 
 
 def plan(
@@ -44,13 +45,15 @@ def plan(
     threads: Annotated[int, typer.Option(help="Threads while measuring.", min=1)] = 2,
 ) -> None:
     """Bytes, memory, hours and tokens per second, each labelled measured or projected."""
+    check_target("json", json_file)
+    check_target("measure", measure)
     if measure is not None:
         from vqllm.plan.measure import MeasureConfig
 
         config = MeasureConfig(name, repeats=repeats, num_threads=threads)
         _measure(config, [word for word in operations.split(",") if word], measure)
         return
-    facts = _facts(models or [], _words(bits), method, _words(hardware), tokens)
+    facts = _facts(models or [], _widths(bits), method, _machines(hardware), tokens)
     if criteria:
         from vqllm.plan.criteria import verdicts
 
@@ -59,7 +62,7 @@ def plan(
 
 
 def _facts(
-    models: list[str], bits: list[str], method: str, machines: list[str], tokens: int
+    models: list[str], bits: list[int], method: str, machines: list[str], tokens: int
 ) -> dict[str, Any]:
     from vqllm.plan.cost import QuantizationPlan, make_plan
     from vqllm.plan.hardware import find_hardware
@@ -71,10 +74,10 @@ def _facts(
     for model in models or NAMES:
         shape = find_shape(model)
         for width in bits:
-            options = QuantizeConfig(method=method, bits=int(width)).options()
+            options = QuantizeConfig(method=method, bits=width).options()
             for profile in profiles:
                 lines = make_plan(shape, QuantizationPlan(options, tokens), profile)
-                head = {"model": model, "bits": int(width), "hardware": profile.name}
+                head = {"model": model, "bits": width, "hardware": profile.name}
                 rows += [{**head, **line.to_dict()} for line in lines]
     notes = {profile.name: f"{profile.basis}: {profile.note}" for profile in profiles}
     return {"method": method, "tokens": tokens, "hardware": notes, "lines": rows}
@@ -140,6 +143,20 @@ def _merge(profile: dict[str, Any], target: Path) -> None:
         for key in ("fits", "validation", "timings"):
             profile[key] = {**kept.get(key, {}), **profile[key]}
     target.write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
+
+
+def _widths(text: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise InvalidConfig("bits", text, "whole numbers by commas, such as 2,3,4")
+    return [int(word) for word in words]
+
+
+def _machines(text: str) -> list[str]:
+    machines = _words(text)
+    if not machines:
+        raise InvalidConfig("hardware", text, "one or more machines by commas")
+    return machines
 
 
 def _words(text: str) -> list[str]:

@@ -213,14 +213,22 @@ def evaluate_tasks(
         EvaluationError: a task is unknown, missing or not in its official layout.
         VqllmError: a folder cannot be run.
     """
-    items = {name: read_task(tasks.folder, name) for name in tasks.names}
-    if tasks.limit:
-        items = {name: every[: tasks.limit] for name, every in items.items()}
+    items = read_items(tasks)
     ours = _answer(folder, options.executor, items, options, report)
     theirs: dict[str, TaskScores] = {}
     if reference is not None:
         theirs = _answer(reference, REFERENCE_EXECUTOR, items, options, report)
     return {name: scores.to_dict(theirs.get(name)) for name, scores in ours.items()}
+
+
+def read_items(tasks: TaskOptions) -> dict[str, list[Item]]:
+    """The questions of every task that is asked for.
+
+    Raises:
+        EvaluationError: a task is unknown, missing or not in its official layout.
+    """
+    items = {name: read_task(tasks.folder, name) for name in tasks.names}
+    return {name: every[: tasks.limit or None] for name, every in items.items()}
 
 
 def _answer(

@@ -141,11 +141,11 @@ def find_hardware(name: str) -> Hardware:
     if not path.is_file():
         known = ", ".join(("reference", *PEAKS))
         raise InvalidConfig("hardware", name, f"a profile file of `--measure`, or one of {known}")
-    return _parse(path.read_text(encoding="utf-8"), name)
+    return _parse(path.read_bytes(), name)
 
 
-def _parse(text: str, name: str) -> Hardware:
+def _parse(text: str | bytes, name: str) -> Hardware:
     try:
         return Hardware.from_dict(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{name} is no hardware profile: {error}") from error

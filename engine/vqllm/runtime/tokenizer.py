@@ -71,7 +71,13 @@ class ChatTokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no tokens are added before or after it."""
+        """Token ids of a text; no tokens are added before or after it.
+
+        Raises:
+            InvalidPrompt: the text holds half of a surrogate pair, which UTF-8 cannot express.
+        """
+        if not text.isascii():
+            _check_characters(text)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -204,3 +210,12 @@ def _piece_bytes(piece: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("\u2581", " ").encode()
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidPrompt(
+            f"character {error.start} of the text is half of a surrogate pair; send valid UTF-8"
+        ) from error

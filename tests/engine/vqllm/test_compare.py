@@ -38,6 +38,7 @@ from vqllm.runtime.loading import make_executor
 from vqllm.sources import PlainSource
 
 MakeFolder = Callable[..., Path]
+RunVqllm = Callable[..., tuple[int, str, str]]
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
 
@@ -349,6 +350,16 @@ def test_the_command_writes_three_tables(
     assert "llama.cpp Q2_K: no folder" in captured.out
     for suffix in ("md", "csv", "json"):
         assert (tmp_path / "out" / f"comparison.{suffix}").stat().st_size > 100
+
+
+@pytest.mark.parametrize("bits", ["x", "nan", "0", "2,17"])
+def test_widths_that_are_no_widths_are_refused(
+    bits: str, tiny_folder: Path, text: Path, tmp_path: Path, run_vqllm: RunVqllm
+) -> None:
+    words = (tiny_folder, "-o", tmp_path / "out", "--text", text, "--bits", bits)
+    code, _, errors = run_vqllm("compare", *words)
+    assert code == 1
+    assert f"bits is '{bits}'" in errors
 
 
 def test_the_benchmark_writes_its_page_and_keeps_rows(
