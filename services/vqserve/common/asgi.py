@@ -38,9 +38,12 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 ErrorRenderer = Callable[[ServiceError, str], Response]
+StreamEnding = Callable[[ServiceError, str], bytes]
 
 # These answer in every phase and are not requests of the service.
 EXEMPT_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
+# Where a streaming response leaves its StreamEnding in the scope: what to send when it is stopped.
+STREAM_ENDING = "vqserve.stream_ending"
 # A refused body is read and dropped up to this multiple of the limit, so that the client
 # gets to see the answer instead of a reset connection.
 DISCARD_FACTOR = 4
@@ -173,10 +176,21 @@ class RequestMiddleware:
                 await _run_cancellable(self._app, scope, _Replay(body, receive), exchange)
         except Exception as error:
             failure = self._failure(error, record)
-            if exchange.status is None:
-                await self._render(failure, record.request_id)(scope, receive, exchange.send)
+            await self._answer(failure, scope, receive, exchange)
         finally:
             self._finish(scope, record, str(exchange.status or 499), started)
+
+    async def _answer(
+        self, failure: ServiceError, scope: Scope, receive: Receive, exchange: _Exchange
+    ) -> None:
+        """Tell the client: by a response, or as the last words of one that has begun."""
+        ending: StreamEnding | None = scope.get(STREAM_ENDING)
+        if exchange.status is None:
+            response = self._render(failure, _request_id(scope))
+            await response(scope, receive, exchange.send)
+        elif ending is not None and not exchange.is_complete:
+            body = ending(failure, _request_id(scope))
+            await exchange.send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         try:

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from vqllm.runtime.engine import StepOutput
 from vqllm.runtime.sampling import TokenLogprobs
 from vqllm.runtime.sequence import FinishReason
+from vqserve.common.asgi import STREAM_ENDING
 from vqserve.common.errors import ServiceError
 from vqserve.common.logging import annotate, current_request_id
 from vqserve.generation.core import Generation
@@ -184,9 +185,13 @@ class TokenStream(StreamingResponse):
         self._heartbeat_seconds = heartbeat_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[STREAM_ENDING] = self._ending
         # Entered here, not in the generator: a client that has left already never starts that.
         async with self._reply.stream:
             await super().__call__(scope, receive, send)
+
+    def _ending(self, error: ServiceError, request_id: str) -> bytes:
+        return _event(self._error_body(error, request_id)).encode()
 
     async def _events(self) -> AsyncIterator[str]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -133,6 +134,24 @@ async def test_an_http_deadline_frees_the_sequence(slow: LlmServer) -> None:
     assert response.status_code == 504
     assert response.json()["error"]["reason"] == "DEADLINE_EXCEEDED"
     await asyncio.to_thread(counted.check_freed)
+
+
+async def test_an_http_deadline_ends_a_stream_with_an_error_event(slow: LlmServer) -> None:
+    async with (
+        httpx.AsyncClient(base_url=slow.http_url) as http,
+        http.stream(
+            "POST",
+            "/v1/completions",
+            json=ENDLESS_BODY | {"stream": True},
+            headers={"x-request-timeout-ms": "500"},
+        ) as response,
+    ):
+        events = [line async for line in response.aiter_lines() if line]
+    assert response.status_code == 200
+    assert len(events) > 2
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert (error["reason"], error["type"]) == ("DEADLINE_EXCEEDED", "server_error")
+    assert error["request_id"] == response.headers["x-request-id"]
 
 
 async def test_one_departure_leaves_the_others_alone(slow: LlmServer) -> None:
