@@ -57,9 +57,13 @@ class GenerationCore:
         """
         arrived_at = time.monotonic()
         model = self.models.get(request.model)
-        params = _sampling_params(request, model.context_length)
-        prompt = _checked_prompt(request.prompt, model)
-        token_ids = await model.encode(prompt)
+        try:
+            params = _sampling_params(request, model.context_length)
+            prompt = _checked_prompt(request.prompt, model)
+            token_ids = await model.encode(prompt)
+        except ServiceError as error:
+            model.metrics.rejected(error.reason.lower())
+            raise
         annotate(model=model.name, prompt_tokens=len(token_ids))
         try:
             stream = await model.driver.submit(token_ids, params, arrived_at)

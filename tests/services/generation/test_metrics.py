@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from typing import Any
 
 import httpx
 import pytest
@@ -64,10 +65,22 @@ async def test_the_engine_shows_its_pages_and_speed(
         await asyncio.sleep(0.1)
 
 
-async def test_refusals_are_counted_by_reason(fast: LlmServer, http: httpx.AsyncClient) -> None:
-    before = fast.metric("llm_requests_rejected_total", reason="prompt_too_long")
-    await http.post("/v1/completions", json={"prompt": "x" * 300})
-    after = fast.metric("llm_requests_rejected_total", reason="prompt_too_long")
+@pytest.mark.parametrize(
+    ("reason", "fields"),
+    [
+        ("prompt_too_long", {"prompt": "x" * 300}),
+        ("prompt_too_long", {"prompt": "x" * 10**6}),
+        ("invalid_sampling", {"prompt": "x", "temperature": 9.0}),
+        ("invalid_sampling", {"prompt": "x", "logit_bias": {"100000": 1}}),
+        ("empty_prompt", {"prompt": ""}),
+    ],
+)
+async def test_refusals_are_counted_by_reason(
+    fast: LlmServer, http: httpx.AsyncClient, reason: str, fields: dict[str, Any]
+) -> None:
+    before = fast.metric("llm_requests_rejected_total", reason=reason)
+    assert (await http.post("/v1/completions", json=fields)).status_code == 400
+    after = fast.metric("llm_requests_rejected_total", reason=reason)
     assert after == before + 1
 
 
