@@ -309,9 +309,15 @@ def _write_ports(path: os.PathLike[str] | None, ports: Ports) -> None:
         return
     # Readers poll for the file, so it must appear whole.
     partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(asdict(ports), file)
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(asdict(ports), file)
+        os.replace(partial, path)
+    except OSError as error:
+        raise StartupError(
+            f"cannot write --ports-file {os.fspath(path)}: {error.strerror or error}; "
+            "name a file in a folder that exists and can be written"
+        ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -79,8 +79,14 @@ def serve(model: ScqAutoencoder, max_image_pixels: int, name: str = "") -> Serve
 def with_bundle(model: ServedModel, bundle_root: Path | None) -> ServedModel:
     """The model with the files of its export bundle, if `bundle_root` has one of its name.
 
-    Raises InvalidModel for a bundle of another model, and for one that is damaged.
+    Raises InvalidModel for a bundle of another model, for one that is damaged, and for a root that
+    is no folder.
     """
+    if bundle_root is not None and not bundle_root.is_dir():
+        raise InvalidModel(
+            f"bundle_root {bundle_root} is not a folder; name the one that holds a bundle of "
+            "`scq export` in a folder of each model's name, or leave it out"
+        )
     if bundle_root is None or not (folder := bundle_root / model.name).is_dir():
         return model
     # The exporter is not needed for serving; it is imported only where there is a bundle.

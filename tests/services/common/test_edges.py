@@ -30,6 +30,7 @@ from vqserve.common.lifecycle import (
     ServiceHost,
     StartupError,
     listen,
+    run,
     running,
 )
 from vqserve.common.runtime import Runtime
@@ -416,3 +417,14 @@ async def test_a_taken_port_is_named(listener: str) -> None:
         host = ServiceHost(toy_app(**{listener: port}))
         with pytest.raises(StartupError, match=str(port)):
             await host.start()
+
+
+def test_a_ports_file_that_cannot_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports_file = tmp_path / "nowhere" / "ports.json"
+    ports: dict[str, Any] = {"grpc_port": 0, "http_port": 0, "ports_file": ports_file}
+    assert run(lambda: toy_app(**ports)) == 2
+    message = capsys.readouterr().err
+    assert str(ports_file) in message
+    assert "name a file in a folder" in message

@@ -128,6 +128,11 @@ def test_a_bundle_of_the_models_name_is_served_with_it(tmp_path: Path) -> None:
     assert with_bundle(serve(tiny_model(PLAIN), MAX_PIXELS), tmp_path).name == "plain"
 
 
+def test_a_bundle_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="nowhere is not a folder"):
+        with_bundle(serve(tiny_model(PLAIN), MAX_PIXELS), tmp_path / "nowhere")
+
+
 def test_a_bundle_of_another_model_is_refused(tmp_path: Path) -> None:
     write_bundle(tmp_path / "labelled", "0" * 64)
     with pytest.raises(InvalidModel, match="export it again"):
