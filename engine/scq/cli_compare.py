@@ -71,6 +71,8 @@ def compare_command(
     """Compare with JPEG, WebP, AVIF and JPEG XL at the bytes of whole files."""
     if not data:
         raise ScqError(f"nothing to compare on; give --data with test pictures for {suite!r}")
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise ScqError(f"--report {report} cannot be a page; name a file in a folder that exists")
     if suite == "video":
         frames = _DEFAULT_FRAMES if limit is None else limit
         weights = tuple(rate_weight or VIDEO_RATE_WEIGHTS)
@@ -100,9 +102,9 @@ def _run_suite(
     suite = suite_named(name)
     codecs = _models(models, suite.models)
     with _progress() as show:
-        comparison = run_suite(
-            suite, load_images(data), codecs, options, lambda line: show(0, 1, line), show
-        )
+        images = load_images(data)
+        _make_folder(out)
+        comparison = run_suite(suite, images, codecs, options, lambda line: show(0, 1, line), show)
     for note in comparison.notes:
         typer.echo(f"note: {note}", err=True)
     return write_comparison(comparison, out, plot=plot), suite_section(comparison, _command())
@@ -116,8 +118,14 @@ def _run_video(
         raise ScqError(f"video takes one --data and one --model, got {len(data)}, {len(codecs)}")
     with _progress() as show:
         clip = load_images(data)
+        _make_folder(out)
         comparison = compare_video(codecs[0], clip, data[0].name, options, show)
     return write_video(comparison, out, plot=plot), video_section(comparison, _command())
+
+
+def _make_folder(out: Path) -> None:
+    # Before the comparison: what hours have measured must have a place.
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _models(chosen: list[str] | None, default: tuple[str, ...]) -> list[FrameCodec]:

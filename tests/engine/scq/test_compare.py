@@ -28,6 +28,7 @@ from scq.compare.run import Options
 from scq.compare.suites import SUITES, file_points, suite_named
 from scq.data import ImageSet
 from scq.errors import ScqError
+from scq.images import write_png
 from scq.metrics import psnr_db
 from scq.model import ScqAutoencoder
 
@@ -238,3 +239,20 @@ def test_the_command_names_what_is_missing() -> None:
     unknown = runner.invoke(app, ["compare", "--suite", "roads", "--data", "x.zip"])
     assert unknown.exit_code == 2
     assert "unknown suite" in unknown.output
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_the_command_looks_for_room_before_it_compares(
+    option: str, tmp_path: Path, photograph: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compared(*_: object) -> None:
+        raise AssertionError("compared before looking where results go")
+
+    monkeypatch.setattr("scq.cli_compare.run_suite", compared)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(write_png(photograph))
+    target = {"--out": picture, "--report": tmp_path}[option]
+    words = ["compare", "--suite", "nav", "--data", str(picture), option, str(target)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert target.name in result.output.replace("\n", "")
