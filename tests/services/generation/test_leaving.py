@@ -137,6 +137,7 @@ async def test_an_http_deadline_frees_the_sequence(slow: LlmServer) -> None:
 
 
 async def test_an_http_deadline_ends_a_stream_with_an_error_event(slow: LlmServer) -> None:
+    counted = Counted(slow)
     async with (
         httpx.AsyncClient(base_url=slow.http_url) as http,
         http.stream(
@@ -152,6 +153,7 @@ async def test_an_http_deadline_ends_a_stream_with_an_error_event(slow: LlmServe
     error = json.loads(events[-1].removeprefix("data: "))["error"]
     assert (error["reason"], error["type"]) == ("DEADLINE_EXCEEDED", "server_error")
     assert error["request_id"] == response.headers["x-request-id"]
+    await asyncio.to_thread(counted.check_freed)
 
 
 async def test_one_departure_leaves_the_others_alone(slow: LlmServer) -> None:
