@@ -56,7 +56,7 @@ MAX_TILE_SIDE = 255
 
 
 def translate(error: engine.ScqError) -> ServiceError:
-    """The error that clients see for an error of the engine; its message is kept."""
+    """The error that clients see for an engine's; its message is kept, settings' names aside."""
     for engine_type, service_type, field in _TRANSLATIONS:
         if isinstance(error, engine_type):
             return service_type(_message(error), field=field)
