@@ -30,7 +30,7 @@ class ImageTooLarge(InvalidImage):
     def __init__(self, width: int, height: int, max_pixels: int) -> None:
         super().__init__(
             f"image is {width}x{height} = {width * height} pixels, the limit is {max_pixels}; "
-            "send a smaller image or raise max_pixels"
+            "send a smaller image or raise the limit"
         )
         self.width = width
         self.height = height

@@ -224,10 +224,11 @@ def sampled_zeros(
         words: (in * bits / 32, out), the packed codes.
         group_index: (in,) group of every column.
     """
-    if form.zero_points is ZeroPoints.AUTO and form.spec.bits <= _MAX_EVIDENCE_BITS:
+    is_told = form.zero_points is not ZeroPoints.AUTO or form.spec.bits > _MAX_EVIDENCE_BITS
+    if not is_told and _offset_of_constant(stored, form.spec) is None:
         codes = unpack_rows(words[: _SAMPLED_COLUMNS * form.spec.bits // WORD_BITS], form.spec.bits)
         mean_step = _mean_step(stored, codes, group_index[: len(codes)])
-        if _evidence(stored, form.spec, mean_step) != form.label_offset:
+        if _offset_of_mean(mean_step) != form.label_offset:
             return None
     return stored_to_zeros(stored, form, name)
 

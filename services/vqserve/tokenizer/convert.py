@@ -56,18 +56,11 @@ MAX_TILE_SIDE = 255
 
 
 def translate(error: engine.ScqError) -> ServiceError:
-    """The error that clients see for an engine's; its message is kept, settings' names aside."""
+    """The error that clients see for an error of the engine; its message is kept."""
     for engine_type, service_type, field in _TRANSLATIONS:
         if isinstance(error, engine_type):
-            return service_type(_message(error), field=field)
+            return service_type(str(error), field=field)
     return Internal(str(error))
-
-
-def _message(error: engine.ScqError) -> str:
-    # An operator raises the limit by the service's setting, not by the engine's argument.
-    if isinstance(error, engine.ImageTooLarge):
-        return str(error).replace("raise max_pixels", "raise max_image_pixels")
-    return str(error)
 
 
 @contextmanager

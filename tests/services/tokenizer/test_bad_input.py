@@ -415,11 +415,3 @@ async def test_a_form_is_told_to_send_the_file_itself(service: ServiceProcess, r
     failure = http_failure(response.json(), response.headers)
     assert (response.status_code, failure.field) == (400, "content-type")
     assert "--data-binary" in failure.message
-
-
-def test_a_picture_too_large_names_the_setting_that_allows_it(service: ServiceProcess) -> None:
-    url = f"{service.http_url}/v1/encode?model=labelled"
-    response = httpx.post(url, content=png_claiming(10_000, 10_000), timeout=20)
-    message = http_failure(response.json(), response.headers).message
-    assert "raise max_image_pixels" in message
-    assert "max_image_pixels" in TokenizerSettings.model_fields
