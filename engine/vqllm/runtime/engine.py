@@ -256,6 +256,7 @@ class Engine:
             max_num_sequences=self.config.max_num_sequences,
             max_tokens_per_step=self.config.max_tokens_per_step,
             context_length=self.context_length,
+            has_fixed_chunks=not self._paged.can_cut_anywhere,
             draft=self.config.draft,
         )
 

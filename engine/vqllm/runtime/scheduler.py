@@ -21,11 +21,17 @@ from vqllm.runtime.sequence import Sequence
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of one step: sequences, tokens, and tokens that one sequence may ever have."""
+    """Limits of one step: sequences, tokens, and tokens that one sequence may ever have.
+
+    Attributes:
+        has_fixed_chunks: prompts are cut at multiples of `max_tokens_per_step` alone, never at
+            what the others left of a step, which may then take up to twice as many tokens.
+    """
 
     max_num_sequences: int
     max_tokens_per_step: int
     context_length: int
+    has_fixed_chunks: bool = False
     draft: DraftConfig = field(default_factory=DraftConfig)
 
     def __post_init__(self) -> None:
@@ -114,7 +120,8 @@ class Scheduler:
         for scheduled in self._prefilling():
             if budget <= 0:
                 break
-            work = self._work(scheduled, min(scheduled.num_pending, budget), 0)
+            limit = self.config.max_tokens_per_step if self.config.has_fixed_chunks else budget
+            work = self._work(scheduled, min(scheduled.num_pending, limit), 0)
             if work is not None:
                 works[scheduled] = work
                 budget -= len(work.chunk.token_ids)

@@ -16,10 +16,13 @@ from vqllm.checkpoint import Checkpoint
 from vqllm.errors import ExecutorUnavailable, UnsupportedModel
 from vqllm.export.onnx_graph import GraphOptions
 from vqllm.quantization.base import GroupedLinear, GroupedSpec
+from vqllm.runtime.engine import Engine, EngineConfig
 from vqllm.runtime.executors import onnx as onnx_module
+from vqllm.runtime.executors.base import Executor
 from vqllm.runtime.executors.onnx import OnnxExecutor, check_onnxruntime_distribution
 from vqllm.runtime.executors.torch import TorchExecutor
 from vqllm.runtime.loading import load
+from vqllm.runtime.sampling import SamplingParams
 
 MakeFolder = Callable[..., Path]
 
@@ -125,6 +128,44 @@ def test_a_batch_changes_no_bit_of_its_members_logits(tiny_folder: Path, tmp_pat
     for num_mates in (1, 3):
         for expected, found in zip(alone, decode(num_mates), strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+class Bytes:
+    """A tokenizer of which the engine needs the least."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+    vocab_size = 258
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id % 256])
+
+
+@pytest.mark.parametrize("name", ["onnx", "torch"])
+def test_a_prompt_read_in_chunks_beside_others_changes_no_bit(
+    tiny_folder: Path, tmp_path: Path, name: str
+) -> None:
+    checkpoint = quantized(tiny_folder, tmp_path / "q")
+    executor: Executor = (
+        OnnxExecutor(checkpoint, 128, 3, 1) if name == "onnx" else TorchExecutor(checkpoint, 128, 3)
+    )
+    config = EngineConfig(max_num_sequences=3, max_tokens_per_step=16)
+
+    def logprobs(num_mates: int) -> list[float]:
+        engine = Engine(executor, Bytes(), config)
+        params = SamplingParams(max_tokens=4, temperature=0, logprobs=0)
+        for mate in range(num_mates):
+            engine.add(f"mate{mate}", TOKENS[mate : mate + 21], SamplingParams(max_tokens=9))
+            engine.step()
+        engine.add("it", TOKENS[:50], params)
+        outputs = []
+        while engine.has_work:
+            outputs += [output for output in engine.step() if output.sequence_id == "it"]
+        return [entry.logprob for output in outputs for entry in output.logprobs]
+
+    alone = logprobs(0)
+    assert len(alone) == 4
+    assert logprobs(1) == alone
+    assert logprobs(2) == alone
 
 
 def test_more_sequences_than_caches_is_our_own_mistake(tiny_folder: Path) -> None:

@@ -199,6 +199,38 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert executor.largest_step <= 6
 
 
+class CuttingExecutor(HistoryExecutor):
+    """Notes where the prompts were cut, by their first token."""
+
+    can_share_pages = False
+    can_cut_anywhere = False
+
+    def __init__(self, num_pages: int) -> None:
+        super().__init__(num_pages)
+        self.cuts: dict[int, list[int]] = {}
+
+    def step(self, chunks: Sequence[Chunk]) -> Logits:
+        logits = super().step(chunks)
+        for chunk in chunks:
+            first = int(self.memory[chunk.pages[0], 0])
+            self.cuts.setdefault(first, []).append(chunk.start)
+        return logits
+
+
+def test_where_a_prompt_is_cut_may_not_depend_on_the_others() -> None:
+    executor = CuttingExecutor(40)
+    engine = Engine(executor, Letters(), EngineConfig(max_num_sequences=4, max_tokens_per_step=6))
+    params = SamplingParams(max_tokens=2, temperature=0)
+    for first in range(4):
+        engine.add(str(first), [first] * (15 - first), params)
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    expected = {first: [0, 6, 12, 15 - first] for first in range(3)} | {3: [0, 6, 12]}
+    assert executor.cuts == expected
+    assert executor.largest_step < 2 * 6
+
+
 def test_guesses_save_steps_and_change_nothing() -> None:
     class Parrot(HistoryExecutor):
         def step(self, chunks: Sequence[Chunk]) -> Logits:

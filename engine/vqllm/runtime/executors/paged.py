@@ -41,6 +41,7 @@ class PagedExecutor(ABC):
         num_pages: pages that exist, numbered from 0.
         can_share_pages: whether sequences with the same beginning may use the same full pages.
         can_rewind: whether a chunk may start before the end of what was computed, overwriting it.
+        can_cut_anywhere: whether a prompt gives the same bits wherever it is cut into chunks.
     """
 
     name: str
@@ -50,6 +51,7 @@ class PagedExecutor(ABC):
     num_pages: int
     can_share_pages: bool = True
     can_rewind: bool = True
+    can_cut_anywhere: bool = True
 
     @property
     @abstractmethod
@@ -73,6 +75,7 @@ class WholeSequencePages(PagedExecutor):
 
     can_share_pages = False
     can_rewind = False
+    can_cut_anywhere = False  # a library's product may sum differently for another number of rows
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
