@@ -90,24 +90,30 @@ def refit_scales(
 
     Args:
         weight, steps: float32 (out, in): what is to be met, and the levels times column scales.
-        groups: int32 (in,).
+        groups: int32 (in,), each a run of neighbouring columns.
         hessian: (in, in).
     """
-    num_groups = int(groups.max()) + 1
-    index = torch.from_numpy(groups.astype(np.int64))
     gram = hessian.to(weight.dtype)
-    right = _sum_groups(steps * (weight @ gram), index, num_groups)
-    normal = torch.empty(weight.shape[0], num_groups, num_groups, dtype=torch.float64)
-    for group in range(num_groups):
-        members = torch.nonzero(index == group).squeeze(1)
-        product = steps[:, members] @ gram[members]
-        normal[:, group] = _sum_groups(steps * product, index, num_groups)
+    bounds = _bounds(groups)
+    right = _sum_groups(steps * (weight @ gram), bounds)
+    normal = torch.empty(weight.shape[0], len(bounds), len(bounds), dtype=torch.float64)
+    for group, (start, stop) in enumerate(bounds):
+        later = [(begin - start, end - start) for begin, end in bounds[group:]]
+        products = (steps[:, start:stop] @ gram[start:stop, start:]).mul_(steps[:, start:])
+        normal[:, group, group:] = _sum_groups(products, later)
+        normal[:, group:, group] = normal[:, group, group:]
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += diagonal * 1e-9 + torch.finfo(torch.float32).tiny
     solution: Tensor = torch.linalg.solve(normal, right)
     return solution.T.float()
 
 
-def _sum_groups(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
-    sums = torch.zeros(values.shape[0], num_groups, dtype=torch.float64)
-    return sums.index_add_(1, index, values.double())
+def _bounds(groups: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """First column of every group and of what follows it."""
+    starts = np.flatnonzero(np.diff(groups, prepend=-1)).tolist()
+    return list(zip(starts, [*starts[1:], len(groups)], strict=True))
+
+
+def _sum_groups(values: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """Sums over runs of columns, (rows, runs) float64."""
+    return torch.stack([values[:, begin:end].sum(1) for begin, end in bounds], 1).double()
