@@ -4,6 +4,8 @@ A service maps these classes to gRPC codes and HTTP statuses; nothing here knows
 Each message names the offending value and, where there is one, the remedy.
 """
 
+from __future__ import annotations
+
 
 class VqllmError(ValueError):
     """Root of all errors that vqllm raises deliberately."""
@@ -14,11 +16,17 @@ class InvalidSampling(VqllmError):
 
     Attributes:
         field: name of the parameter, as in `SamplingParams`.
+        value: what it was.
+        allowed: what it may be, in words.
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field} is {value!r}, allowed is {allowed}")
-        self.field = field
+        self.field, self.value, self.allowed = field, value, allowed
+
+    def renamed(self, field: str) -> InvalidSampling:
+        """The same to a client that knows the parameter by another name."""
+        return InvalidSampling(field, self.value, self.allowed)
 
 
 class InvalidPrompt(VqllmError):

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from vqllm.errors import VqllmError
+from vqllm.errors import InvalidSampling, VqllmError
 from vqllm.runtime.sampling import SamplingParams
 from vqserve.common.errors import ServiceError
 from vqserve.common.logging import annotate
@@ -93,10 +93,11 @@ def _sampling_params(request: GenerationRequest, context_length: int) -> Samplin
     if request.fills_context:
         values.setdefault("max_tokens", context_length)
     if not 1 <= values.get("max_tokens", 1) <= context_length:
+        name = request.client_name("max_tokens")
         raise errors.InvalidSampling(
-            f"max_tokens is {values['max_tokens']}, allowed is 1 to {context_length}, the tokens "
+            f"{name} is {values['max_tokens']}, allowed is 1 to {context_length}, the tokens "
             "that prompt and answer may have together",
-            field="sampling.max_tokens",
+            field=f"sampling.{name}",
         )
     if len(values.get("stop", ())) > MAX_STOP_STRINGS:
         raise errors.InvalidSampling(
@@ -109,6 +110,8 @@ def _sampling_params(request: GenerationRequest, context_length: int) -> Samplin
         )
     try:
         return SamplingParams(**values)
+    except InvalidSampling as error:
+        raise translate(error.renamed(request.client_name(error.field))) from error
     except VqllmError as error:
         raise translate(error) from error
 

@@ -52,9 +52,15 @@ class GenerationRequest:
         prompt: what to continue; None when the client sent nothing.
         sampling: the parameters that the client set, by the names of `SamplingParams`; unchecked.
         fills_context: without `max_tokens`, generate until the context is full.
+        aliases: what the client calls a parameter, where that is another name.
     """
 
     model: str
     prompt: Prompt | None
     sampling: Mapping[str, SamplingValue] = field(default_factory=dict)
     fills_context: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def client_name(self, parameter: str) -> str:
+        """What the client calls a sampling parameter."""
+        return self.aliases.get(parameter, parameter)

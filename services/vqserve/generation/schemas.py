@@ -241,13 +241,14 @@ class ChatBody(GenerationBody):
 
     def request(self) -> GenerationRequest:
         """The same, free of HTTP; without a limit the answer may fill the context."""
-        sampling = self.sampling()
+        sampling, aliases = self.sampling(), {"logprobs": "top_logprobs"}
         if self.logprobs:
             sampling["logprobs"] = self.top_logprobs or 0
         if self.max_completion_tokens is not None:
             sampling["max_tokens"] = self.max_completion_tokens
-        turns = tuple(turn.message() for turn in self.messages)
-        return GenerationRequest(self.model, ChatPrompt(turns), sampling, fills_context=True)
+            aliases["max_tokens"] = "max_completion_tokens"
+        prompt = ChatPrompt(tuple(turn.message() for turn in self.messages))
+        return GenerationRequest(self.model, prompt, sampling, fills_context=True, aliases=aliases)
 
 
 class TokenizeBody(Body):

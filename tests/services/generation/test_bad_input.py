@@ -255,6 +255,11 @@ CASES = [
          rest=(CHAT, {"messages": [{"role": "user"}]}), field="messages[0].content"),
     Case("both token limits", "MALFORMED_REQUEST",
          rest=(CHAT, {"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 2})),
+    *(
+        Case(f"a chat's {field}", "INVALID_SAMPLING",
+             rest=(CHAT, {"messages": HELLO, "logprobs": True, field: value}), field=field)
+        for field, value in (("top_logprobs", 21), ("max_completion_tokens", 0), ("max_tokens", 0))
+    ),
     Case("malformed JSON", "MALFORMED_REQUEST", rest=(COMPLETIONS, b'{"prompt": "hel')),
     Case(
         "a picture in a message",
