@@ -102,7 +102,7 @@ def parse_header(codes: bytes, *, allow_partial: bool = False) -> FrameHeader:
         if computed != full_check:
             raise CorruptCodes(
                 f"full check is {computed:04x}, the frame says {full_check:04x}: it is cut or "
-                "damaged; send it again, or allow_partial to settle for its base layer"
+                "damaged; send it again, or settle for its base layer (allow_partial, --partial)"
             )
     return FrameHeader(
         model_hash,

@@ -101,7 +101,8 @@ class ServiceSettings(BaseSettings):
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     name = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-    return f"{name}: {problem['msg']} (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (got {problem['input']!r})"
 
 
 def _complain(message: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vqserve.common.config import ServiceSettings
 from vqserve.common.cores import available_cores
@@ -63,6 +63,13 @@ class TokenizerSettings(ServiceSettings):
     codebook_window_frames: int = Field(
         default=256, ge=1, description="Frames over which the codebook use is measured"
     )
+
+    @field_validator("models")
+    @classmethod
+    def _names_a_model(cls, models: str) -> str:
+        if models.strip() and not models.replace(",", " ").strip():
+            raise ValueError(f"{models!r} names no model; leave it empty to serve every zoo model")
+        return models
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -150,6 +150,12 @@ def test_model_specs_are_split_at_commas() -> None:
     )
 
 
+def test_a_list_of_models_without_one_is_refused_and_an_empty_one_means_all() -> None:
+    assert TokenizerSettings(models="").model_names == ()
+    with pytest.raises(ValueError, match=r"', ,' names no model"):
+        TokenizerSettings(models=", ,")
+
+
 async def test_an_unknown_zoo_model_ends_the_start_with_its_name() -> None:
     app = build_app(TokenizerSettings(models="no-such-model"))
     with pytest.raises(StartupError, match="no-such-model"):
