@@ -16,8 +16,6 @@ namespace vq {
 // The operations of the current tier.
 const DecodeOps &decode_ops();
 
-constexpr std::int32_t kMaxRotationOrder = 1024;
-
 // Zeroed memory on 64-byte boundaries, in huge pages where the system has them. Untouched pages of
 // it cost nothing.
 class Buffer {

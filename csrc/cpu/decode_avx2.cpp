@@ -32,6 +32,26 @@ struct Floats {
     const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
   }
+  // Sums and differences of lanes `half` apart: the sum goes to the lower lane of a pair.
+  template <int half>
+  Floats butterfly() const {
+    if constexpr (half == 8) {
+      return {_mm256_add_ps(low, high), _mm256_sub_ps(low, high)};
+    } else {
+      return {half_butterfly<half>(low), half_butterfly<half>(high)};
+    }
+  }
+  template <int half>
+  static __m256 half_butterfly(__m256 x) {
+    __m256 other;
+    if constexpr (half == 4) {
+      other = _mm256_permute2f128_ps(x, x, 1);
+    } else {
+      other = _mm256_permute_ps(x, half == 1 ? 0xb1 : 0x4e);
+    }
+    constexpr int kUpper = half == 1 ? 0xaa : half == 2 ? 0xcc : 0xf0;
+    return _mm256_blend_ps(_mm256_add_ps(x, other), _mm256_sub_ps(other, x), kUpper);
+  }
   friend Floats operator+(Floats a, Floats b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
   }

@@ -21,6 +21,18 @@ struct Floats {
     const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted.value), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.value), power))};
   }
+  // Sums and differences of lanes `half` apart: the sum goes to the lower lane of a pair.
+  template <int half>
+  Floats butterfly() const {
+    __m512 other;
+    if constexpr (half <= 2) {
+      other = _mm512_permute_ps(value, half == 1 ? 0xb1 : 0x4e);
+    } else {
+      other = _mm512_shuffle_f32x4(value, value, half == 4 ? 0xb1 : 0x4e);
+    }
+    constexpr __mmask16 kUpper = half == 1 ? 0xaaaa : half == 2 ? 0xcccc : half == 4 ? 0xf0f0 : 0xff00;
+    return {_mm512_mask_sub_ps(_mm512_add_ps(value, other), kUpper, other, value)};
+  }
   friend Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.value, b.value)}; }
   friend Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.value, b.value)}; }
   friend Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.value, b.value)}; }

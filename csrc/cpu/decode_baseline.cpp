@@ -43,6 +43,18 @@ struct Floats {
     }
     return out;
   }
+  // Sums and differences of lanes `half` apart: the sum goes to the lower lane of a pair.
+  template <int half>
+  Floats butterfly() const {
+    Floats out;
+    for (int i = 0; i < 16; i += 2 * half) {
+      for (int j = i; j < i + half; ++j) {
+        out.value[j] = value[j] + value[j + half];
+        out.value[j + half] = value[j] - value[j + half];
+      }
+    }
+    return out;
+  }
 #define VQ_LANEWISE(op)                                                          \
   friend Floats operator op(const Floats &a, const Floats &b) {                  \
     Floats out;                                                                  \

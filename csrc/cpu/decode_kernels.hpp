@@ -18,6 +18,7 @@ namespace vq {
 constexpr std::int32_t kKvBlock = 16;         // positions per block
 constexpr std::int32_t kMaxQueries = 4;       // rows of one attention job
 constexpr std::int32_t kFloatsPerVector = 16;
+constexpr std::int32_t kMaxRotationOrder = 1024;
 
 enum class KvFormat : std::int32_t { kHalf = 16, kInt8 = 8, kInt4 = 4 };
 

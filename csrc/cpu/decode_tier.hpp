@@ -428,9 +428,9 @@ void store_value(const KvLayout &layout, const float *value, std::int32_t positi
 
 // ---- Rotations ----
 
-// Walsh-Hadamard transform of `size` = 2^power values in place, unscaled.
-void walsh(float *x, std::int64_t size) {
-  for (std::int64_t half = 1; half < size && half < 16; half *= 2) {
+// Walsh-Hadamard transform of `size` = 2^power < 16 values in place, unscaled.
+void walsh_few(float *x, std::int64_t size) {
+  for (std::int64_t half = 1; half < size; half *= 2) {
     for (std::int64_t i = 0; i < size; i += 2 * half) {
       for (std::int64_t j = i; j < i + half; ++j) {
         const float a = x[j];
@@ -439,6 +439,15 @@ void walsh(float *x, std::int64_t size) {
         x[j + half] = a - b;
       }
     }
+  }
+}
+
+// The same of 16 values and more.
+void walsh(float *x, std::int64_t size) {
+  if (size < 16) return walsh_few(x, size);
+  for (std::int64_t i = 0; i < size; i += 16) {
+    const Floats pairs = Floats::load(x + i).butterfly<1>().butterfly<2>();
+    pairs.butterfly<4>().butterfly<8>().store(x + i);
   }
   for (std::int64_t half = 16; half < size; half *= 2) {
     for (std::int64_t i = 0; i < size; i += 2 * half) {
@@ -452,17 +461,30 @@ void walsh(float *x, std::int64_t size) {
   }
 }
 
-// y[c] = sum over a of x[a] * base[a][c] (or base[c][a]), where every element is a run of 2^power.
-void mix_runs(const vq_rotation &r, bool inverse, const float *x, float *y) {
+// out = sum over a of x[a] * factors[a], where every element is a run of 2^power.
+void mix_run(const vq_rotation &r, const float *factors, const float *x, float *out) {
   const std::int64_t run = std::int64_t{1} << r.power;
-  for (std::int64_t c = 0; c < r.order; ++c) {
-    float *out = y + c * run;
-    for (std::int64_t b = 0; b < run; ++b) out[b] = 0.0f;
+  for (std::int64_t b = 0; b < run && run >= 16; b += 16) {
+    Floats sum = Floats::all(0.0f);
     for (std::int64_t a = 0; a < r.order; ++a) {
-      const float factor = inverse ? r.base[c * r.order + a] : r.base[a * r.order + c];
-      const float *in = x + a * run;
-      for (std::int64_t b = 0; b < run; ++b) out[b] += in[b] * factor;
+      sum = sum + Floats::load(x + a * run + b) * Floats::all(factors[a]);
     }
+    sum.store(out + b);
+  }
+  for (std::int64_t b = 0; b < run && run < 16; ++b) {
+    out[b] = 0.0f;
+    for (std::int64_t a = 0; a < r.order; ++a) out[b] += x[a * run + b] * factors[a];
+  }
+}
+
+// y[c] = sum over a of x[a] * base[a][c] (or base[c][a]).
+void mix_runs(const vq_rotation &r, bool inverse, const float *x, float *y) {
+  float factors[kMaxRotationOrder];
+  for (std::int64_t c = 0; c < r.order; ++c) {
+    for (std::int64_t a = 0; a < r.order; ++a) {
+      factors[a] = inverse ? r.base[c * r.order + a] : r.base[a * r.order + c];
+    }
+    mix_run(r, factors, x, y + (c << r.power));
   }
 }
 
