@@ -19,6 +19,7 @@ namespace {
 constexpr std::int64_t kColdBytes = std::int64_t{160} << 20;
 constexpr int kRounds = 9;
 
+// codes0 and codes1 are entries of codebooks; a trellis has codes0 levels.
 struct Format {
   std::string name;
   std::int32_t kind, bits, vector_length, stages, codes0, codes1;
@@ -29,10 +30,12 @@ const Format kFormats[] = {
     {"grid3", VQ_MATRIX_GRID, 3, 0, 0, 0, 0},
     {"grid4", VQ_MATRIX_GRID, 4, 0, 0, 0, 0},
     {"grid8", VQ_MATRIX_GRID, 8, 0, 0, 0, 0},
-    {"tcq1", VQ_MATRIX_TCQ, 1, 0, 0, 0, 0},
-    {"tcq2", VQ_MATRIX_TCQ, 2, 0, 0, 0, 0},
-    {"tcq3", VQ_MATRIX_TCQ, 3, 0, 0, 0, 0},
-    {"tcq4", VQ_MATRIX_TCQ, 4, 0, 0, 0, 0},
+    {"tcq1", VQ_MATRIX_TCQ, 1, 0, 0, 64, 0},
+    {"tcq2", VQ_MATRIX_TCQ, 2, 0, 0, 64, 0},
+    {"tcq2-256", VQ_MATRIX_TCQ, 2, 0, 0, 256, 0},
+    {"tcq3", VQ_MATRIX_TCQ, 3, 0, 0, 128, 0},
+    {"tcq3-256", VQ_MATRIX_TCQ, 3, 0, 0, 256, 0},
+    {"tcq4", VQ_MATRIX_TCQ, 4, 0, 0, 256, 0},
     {"vq-k256-v4", VQ_MATRIX_VQ, 0, 4, 1, 256, 0},
     {"vq-k128-v4", VQ_MATRIX_VQ, 0, 4, 1, 128, 0},
     {"vq-k256-v8", VQ_MATRIX_VQ, 0, 8, 1, 256, 0},
@@ -73,7 +76,11 @@ std::unique_ptr<Layer> make_layer(const Format &format, std::int32_t out, std::i
     for (auto &code : layer->codes) code = static_cast<std::uint8_t>(random() & mask);
     layer->scales.assign(static_cast<std::size_t>(out) * ((in + 127) / 128), 0x2000);
     layer->table.resize(256);
-    for (auto &value : layer->table) value = static_cast<std::int8_t>(random());
+    const int repeats = 256 / std::max(format.codes0, 1);
+    for (int i = 0; i < 256; ++i) {
+      layer->table[i] =
+          i % repeats == 0 ? static_cast<std::int8_t>(random()) : layer->table[i - 1];
+    }
   }
   for (int s = 0; s < format.stages; ++s) {
     part.num_codes[s] = sizes[s];

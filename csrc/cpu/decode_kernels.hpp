@@ -70,8 +70,8 @@ struct DecodeOps {
   // y = x R, or x R' if `inverse`; y may not be x. scratch: [size].
   void (*rotate)(const vq_rotation &rotation, bool inverse, const float *x, float *y,
                  float *scratch);
-  // What quantize_rows of matrix.hpp writes for one row of a matrix without input transform, bit
-  // for bit; false for NaN or infinity. nullptr: the tier has nothing faster than that function.
+  // What quantize_rows of matrix.hpp writes for one row without an input transform, bit for bit;
+  // false for NaN or infinity. nullptr: the tier has nothing faster than that function.
   bool (*quantize)(const float *x, std::int32_t count, const ActivationBuffers &row);
   // Reads `bytes` (a multiple of 64) and returns something that depends on all of them.
   float (*read_all)(const std::uint8_t *data, std::int64_t bytes);

@@ -337,8 +337,9 @@ struct vq_decoder::Part {
   void quantize(const vq::Projection &projection, std::int32_t i, const float *x, std::int32_t row,
                 const vq::ActivationBuffers &buffers) {
     const vq::MatrixShape &shape = projection.shapes[i];
-    if (ops.quantize == nullptr || shape.has_transform != 0 || shape.has_column_bias != 0) {
-      note(vq::quantize_rows(*projection.parts[i], x, decoder.widest_, row, 1, buffers));
+    const vq_matrix &matrix = *projection.parts[i];
+    if (ops.quantize == nullptr || shape.has_parts != 0) {
+      note(vq::quantize_rows(matrix, x, decoder.widest_, row, 1, buffers));
       return;
     }
     const std::int32_t in = shape.in_features;
@@ -346,7 +347,8 @@ struct vq_decoder::Part {
                                     buffers.scales + std::int64_t{row} * vq::activation_groups(in),
                                     buffers.prefix + std::int64_t{row} * vq::prefix_length(in),
                                     nullptr};
-    if (!ops.quantize(x, in, own)) note(VQ_ERR_NONFINITE);
+    const float *arranged = vq::arrange_row(matrix, x, scratch.space, buffers.offsets + row);
+    if (!ops.quantize(arranged, in, own)) note(VQ_ERR_NONFINITE);
   }
 
   void multiply(const vq::Projection &projection, std::int32_t i, std::int32_t rows, float *outputs,

@@ -116,10 +116,12 @@ void gather_columns(const vq_matrix &matrix, const float *x, std::int32_t column
     std::copy_n(x + column, count, values);
     return;
   }
+  if (matrix.permutation.empty()) {
+    for (std::int32_t k = 0; k < count; ++k) values[k] = x[column + k] * scales[column + k];
+    return;
+  }
   for (std::int32_t k = 0; k < count; ++k) {
-    const std::int32_t from = matrix.permutation.empty()
-                                  ? column + k
-                                  : matrix.permutation[static_cast<std::size_t>(column + k)];
+    const std::int32_t from = matrix.permutation[static_cast<std::size_t>(column + k)];
     values[k] = scales == nullptr ? x[from] : x[from] * scales[from];
   }
 }
@@ -583,6 +585,7 @@ MatrixShape shape_of(const vq_matrix &matrix) {
           matrix.out_features,
           matrix.num_panels,
           has_transform || matrix.bands[0].end_part > 1,
+          matrix.bands[0].end_part > 1,
           !matrix.column_bias.empty()};
 }
 
@@ -601,6 +604,13 @@ std::int32_t quantize_rows(const vq_matrix &matrix, const float *x, std::int64_t
     }
   }
   return VQ_OK;
+}
+
+const float *arrange_row(const vq_matrix &matrix, const float *x, float *arranged, float *offset) {
+  *offset = offset_of(matrix, x);
+  if (matrix.permutation.empty() && matrix.column_scales.empty()) return x;
+  gather_columns(matrix, x, 0, matrix.in_features, arranged);
+  return arranged;
 }
 
 void multiply_panels(const vq_matrix &matrix, const Activations &x, float *y, std::int64_t y_stride,

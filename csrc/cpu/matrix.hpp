@@ -51,6 +51,7 @@ struct MatrixShape {
   std::int32_t out_features;     // rows of all stacked parts
   std::int32_t num_panels;       // what work is split by: runs of rows
   std::int32_t has_transform;    // arranges or scales its input: shares no Activations
+  std::int32_t has_parts;        // its columns lie in parts side by side
   std::int32_t has_column_bias;  // needs ActivationBuffers::offsets
 };
 MatrixShape shape_of(const vq_matrix &matrix);
@@ -60,6 +61,11 @@ MatrixShape shape_of(const vq_matrix &matrix);
 // serve another one only if neither has a transform. Returns VQ_ERR_NONFINITE for NaN or infinity.
 std::int32_t quantize_rows(const vq_matrix &matrix, const float *x, std::int64_t x_stride,
                            std::int32_t row, std::int32_t count, const ActivationBuffers &buffers);
+
+// One row of x (in natural order) as the weights see it: permuted, and times the column scales. Returns
+// x itself where there is nothing to do, else `arranged` [in_features]. *offset is what the column
+// bias adds to every output.
+const float *arrange_row(const vq_matrix &matrix, const float *x, float *arranged, float *offset);
 
 // y[b * y_stride + n] = sum_k x[b][k] * W[n][k] + offsets[b] + row_bias[n] for the rows n of the
 // panels [panel_begin, panel_end). y addresses row 0 of the matrix; other rows are left alone. Every tier,

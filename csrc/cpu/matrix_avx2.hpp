@@ -5,8 +5,8 @@
 // time, one in each half of the registers.
 // Trellises: a column's states lie in 8 bytes, so one shuffle puts the bytes of 8 rows into 32-bit
 // lanes and one shift brings every state to the low bits. Two columns then share a register, and
-// vpmullw by multiplier << (16 - trellis_bits) leaves the table index in the high byte, as in
-// matrix_avx512_vbmi.cpp. The table of 256 is 16 shuffles and a tree of 15 blends.
+// vpmullw leaves the table index in the high byte, as in matrix_avx512_vbmi.cpp. A table of 256 is 16
+// shuffles and a tree of 15 blends, one of 64 is four and three.
 #pragma once
 
 #include <immintrin.h>
@@ -218,7 +218,8 @@ inline void look_up(const std::uint8_t *table, const __m256i *low, const __m256i
   }
 }
 
-// table[index] of 64 bytes.
+// table[index] of 64 bytes, where the low kIndexBits bits of an index count.
+template <int kIndexBits>
 inline void look_up_block(const std::uint8_t *table, const __m256i *index, std::uint8_t *out) {
   const __m256i mask = _mm256_set1_epi8(15);
   const __m256i low[2] = {_mm256_and_si256(index[0], mask), _mm256_and_si256(index[1], mask)};
@@ -227,7 +228,7 @@ inline void look_up_block(const std::uint8_t *table, const __m256i *index, std::
                               {_mm256_slli_epi16(index[0], 2), _mm256_slli_epi16(index[1], 2)},
                               {_mm256_slli_epi16(index[0], 3), _mm256_slli_epi16(index[1], 3)}};
   __m256i values[2];
-  look_up<16>(table, low, bits, values);
+  look_up<1 << (kIndexBits - 4)>(table, low, bits + (8 - kIndexBits), values);
   store_half(out, values[0]);
   store_half(out + kHalf, values[1]);
 }
@@ -284,6 +285,7 @@ inline void gather_columns8(const std::uint8_t *before, const std::uint8_t *here
   }
 }
 
+template <int kIndexBits>
 class TcqDecoder {
  public:
   explicit TcqDecoder(const MatrixStage &stage)
@@ -291,7 +293,7 @@ class TcqDecoder {
         first_(plan_, 0),
         second_(plan_, plan_.frames == 1 ? kBlock : 0),
         multiplier_(_mm256_set1_epi16(
-            static_cast<std::int16_t>(plan_.multiplier << (16 - plan_.trellis_bits)))),
+            static_cast<std::int16_t>(plan_.multiplier << (8 + kIndexBits - plan_.trellis_bits)))),
         bytes_(kPairRows / plan_.frames * plan_.bits / 8),
         panel_bytes_(stage.panel_bytes) {}
 
@@ -313,7 +315,7 @@ class TcqDecoder {
     const __m256i right = four_indices(windows, columns + 4, multiplier_);
     const __m256i index[2] = {_mm256_unpacklo_epi32(left, right),
                               _mm256_unpackhi_epi32(left, right)};
-    look_up_block(plan_.table, index, out);
+    look_up_block<kIndexBits>(plan_.table, index, out);
   }
 
   const TcqPlan &plan_;
@@ -324,9 +326,10 @@ class TcqDecoder {
   std::int64_t panel_bytes_;
 };
 
+template <int kIndexBits>
 void decode_trellis(const MatrixStage &stage, const std::uint8_t *codes, std::int32_t num_blocks,
                     std::uint8_t *tile) {
-  const TcqDecoder decoder(stage);
+  const TcqDecoder<kIndexBits> decoder(stage);
   const std::int32_t block_bytes = 2 * kBlock * stage.tcq->bits;
   for (std::int32_t block = 0; block < num_blocks; ++block) {
     decoder.block(codes + std::int64_t{block} * block_bytes, tile + block * 2 * kBlockBytes);
@@ -338,8 +341,11 @@ inline void decode_codebooks(const MatrixStage &stage, std::int32_t panel, std::
                              std::int32_t count, std::uint8_t *tile) {
   const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
   if (stage.decode == Decode::kTcq) {
-    return decode_trellis(stage, codes + std::int64_t{column} * 2 * stage.tcq->bits, count / kBlock,
-                          tile);
+    const std::int32_t index_bits = stage.tcq->index_bits;
+    const auto decode = index_bits == 6   ? decode_trellis<6>
+                        : index_bits == 7 ? decode_trellis<7>
+                                          : decode_trellis<8>;
+    return decode(stage, codes + std::int64_t{column} * 2 * stage.tcq->bits, count / kBlock, tile);
   }
   const std::int64_t index_bytes = stage.decode == Decode::kVqSmall ? 8 : 16;
   decode_vectors(stage, codes + column * index_bytes, count / kBlock, tile);

@@ -2,30 +2,41 @@
 //
 // Trellis, 16 rows of 8 columns: vpermi2b brings the bytes that a column's states lie in into one
 // 64-bit lane, vpmultishiftqb cuts a 16-bit window per row out of it (its low trellis_bits bits are
-// the state), vpmullw by multiplier << (16 - trellis_bits) drops the bits above the state and
-// leaves the table index in the high byte.
+// the state), vpmullw by multiplier << (8 + index_bits - trellis_bits) leaves the table index in the
+// high byte, below what came from bits above the state. A permute ignores those bits of an index,
+// and takes 64 entries from one register or 128 from two.
 // Codebooks: index bytes select from the entries of one component, 64 (vpermb) or 128 (vpermi2b) at
 // a time; entries of larger codebooks are loaded one by one and transposed by one permute.
 // Compiled with the flags of CMakeLists.txt; only reached after the run-time check in dispatch.cpp.
+#include <type_traits>
+
 #include "matrix_avx512.hpp"
 
 namespace vq {
 namespace {
 
-// 256 bytes in registers.
-struct Table256 {
-  __m512i part[4];
+// A table of 64 bytes in each of some registers. `upper` are the indices of 128 and more.
+template <int kRegisters>
+struct Component {
+  __m512i part[kRegisters];
 
-  explicit Table256(const std::uint8_t *table) {
-    for (int i = 0; i < 4; ++i) {
+  explicit Component(const std::uint8_t *table) {
+    for (int i = 0; i < kRegisters; ++i) {
       part[i] = load_bytes(table + i * kBlockBytes);
     }
   }
-  __m512i look_up(__m512i index) const {
-    const __mmask64 upper = _mm512_movepi8_mask(index);
-    const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
-    const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
-    return _mm512_mask_blend_epi8(upper, low, high);
+  __m512i look_up(__m512i index, __mmask64 upper) const {
+    if constexpr (kRegisters == 1) {
+      return _mm512_permutexvar_epi8(index, part[0]);
+    } else {
+      const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
+      if constexpr (kRegisters == 2) {
+        return low;
+      } else {
+        const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
+        return _mm512_mask_blend_epi8(upper, low, high);
+      }
+    }
   }
 };
 
@@ -40,7 +51,7 @@ inline __m512i transposed_high_bytes() {
   return load_bytes(index);
 }
 
-template <int kFrames>
+template <int kFrames, int kIndexBits>
 class Tcq {
  public:
   static constexpr int kBlocks = 1;
@@ -50,7 +61,8 @@ class Tcq {
         gather_(load_bytes(stage.tcq->gather)),
         collect_(transposed_high_bytes()),
         multiplier_(_mm512_set1_epi16(
-            static_cast<std::int16_t>(stage.tcq->multiplier << (16 - stage.tcq->trellis_bits)))),
+            static_cast<std::int16_t>(stage.tcq->multiplier
+                                      << (8 + kIndexBits - stage.tcq->trellis_bits)))),
         frame_bytes_(kBlock * kPairRows / kFrames * stage.tcq->bits / 8),
         before_(stage.panel_bytes - (kFrames - 1) * frame_bytes_) {
     for (int i = 0; i < 4; ++i) {
@@ -75,10 +87,10 @@ class Tcq {
     const __m512i high = _mm512_multishift_epi64_epi8(shift_high, source);
     const __m512i index = _mm512_permutex2var_epi8(_mm512_mullo_epi16(low, multiplier_), collect_,
                                                    _mm512_mullo_epi16(high, multiplier_));
-    return table_.look_up(index);
+    return table_.look_up(index, kIndexBits < 8 ? 0 : _mm512_movepi8_mask(index));
   }
 
-  Table256 table_;
+  Component<1 << (kIndexBits - 6)> table_;
   __m512i gather_;
   __m512i collect_;
   __m512i multiplier_;
@@ -87,31 +99,29 @@ class Tcq {
   std::int64_t before_;
 };
 
+template <int kFrames, class Use>
+void with_index_bits(const MatrixStage &stage, Use use) {
+  switch (stage.tcq->index_bits) {
+    case 6:
+      return use(Tcq<kFrames, 6>(stage));
+    case 7:
+      return use(Tcq<kFrames, 7>(stage));
+    default:
+      return use(Tcq<kFrames, 8>(stage));
+  }
+}
+
+// use(decoder) with the decoder of the stage's trellis.
+template <class Use>
+void with_tcq(const MatrixStage &stage, Use use) {
+  if (stage.tcq->frames == 1) {
+    with_index_bits<1>(stage, use);
+  } else {
+    with_index_bits<2>(stage, use);
+  }
+}
+
 // ---- small codebooks: one component of 8 index rows per row set ----
-
-template <int kRegisters>
-struct Component {
-  __m512i part[kRegisters];
-
-  explicit Component(const std::uint8_t *table) {
-    for (int i = 0; i < kRegisters; ++i) {
-      part[i] = load_bytes(table + i * kBlockBytes);
-    }
-  }
-  __m512i look_up(__m512i index, __mmask64 upper) const {
-    if constexpr (kRegisters == 1) {
-      return _mm512_permutexvar_epi8(index, part[0]);
-    } else {
-      const __m512i low = _mm512_permutex2var_epi8(part[0], index, part[1]);
-      if constexpr (kRegisters == 2) {
-        return low;
-      } else {
-        const __m512i high = _mm512_permutex2var_epi8(part[2], index, part[3]);
-        return _mm512_mask_blend_epi8(upper, low, high);
-      }
-    }
-  }
-};
 
 // Four components of one row of activations over all columns: lanes of two pairs.
 template <int kRegisters>
@@ -375,11 +385,7 @@ struct Vbmi {
     const std::uint8_t *codes = stage.codes + panel * stage.panel_bytes;
     if (stage.decode == Decode::kTcq) {
       codes += std::int64_t{column} * 2 * stage.tcq->bits;
-      if (stage.tcq->frames == 1) {
-        decode_pair(Tcq<1>(stage), codes, count, tile);
-      } else {
-        decode_pair(Tcq<2>(stage), codes, count, tile);
-      }
+      with_tcq(stage, [&](const auto &decoder) { decode_pair(decoder, codes, count, tile); });
     } else {
       const std::int64_t bytes = stage.decode == Decode::kVqSmall ? 8 : 16;
       decode_vq(stage, codes + column * bytes, count / kBlock, tile);
@@ -418,19 +424,21 @@ void multiply_vq_row(const MatrixJob &job, std::int32_t begin, std::int32_t end)
   }
 }
 
-template <int kFrames>
+template <class Decoder>
 void multiply_tcq(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
   if (job.x.batch < kSharedRows) {
-    multiply_any<Tcq<kFrames>>(job, begin, end);
+    multiply_any<Decoder>(job, begin, end);
   } else {
-    multiply_tiles<Tcq<kFrames>>(job, begin, end);
+    multiply_tiles<Decoder>(job, begin, end);
   }
 }
 
 void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
   const MatrixStage &stage = job.part->stages[0];
   if (stage.decode == Decode::kTcq) {
-    (stage.tcq->frames == 1 ? multiply_tcq<1> : multiply_tcq<2>)(job, begin, end);
+    with_tcq(stage, [&](const auto &decoder) {
+      multiply_tcq<std::decay_t<decltype(decoder)>>(job, begin, end);
+    });
   } else if (!multiply_grid(job, begin, end)) {
     (job.x.batch == 1 ? multiply_vq_row : multiply_vectors<Vbmi>)(job, begin, end);
   }

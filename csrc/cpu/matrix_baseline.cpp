@@ -70,7 +70,7 @@ void decode_column(const TcqPlan &plan, const std::uint8_t *before, const std::u
     const std::uint32_t word = at[0] | (std::uint32_t{at[1]} << 8) | (std::uint32_t{at[2]} << 16);
     const std::uint32_t state = (word >> (bit % 8)) & mask;
     const std::uint32_t hash = (state * static_cast<std::uint32_t>(plan.multiplier)) & mask;
-    blocks[row * kBlock] = plan.table[hash >> (plan.trellis_bits - 8)];
+    blocks[row * kBlock] = plan.table[hash >> (plan.trellis_bits - plan.index_bits)];
   }
 }
 

@@ -57,9 +57,10 @@ struct TcqPlan {
   std::int32_t trellis_bits;
   std::int32_t multiplier;
   std::int32_t frames;
+  std::int32_t index_bits;                 // 6, 7 or 8: of the hash, as many as tell levels apart
   alignas(64) std::uint8_t gather[64];     // those bytes of 8 columns, out of (frame before, frame)
   alignas(64) std::uint8_t shifts[4][64];  // bit offsets of the 16-bit windows of 4 rows
-  alignas(64) std::uint8_t table[256];     // code = value + 128
+  alignas(64) std::uint8_t table[256];     // [2^index_bits] code = value + 128
 };
 
 // One pass over the columns: all of a grid or trellis, one codebook of VQ.

@@ -270,6 +270,19 @@ void plan_shifts(TcqPlan &plan) {
   }
 }
 
+// Tables that repeat every level in 4 or 2 neighbouring entries are as good as ones of 64 or 128. The
+// kernels multiply by multiplier * 2^(8 + index_bits - trellis_bits).
+std::int32_t index_bits_of(const std::int8_t *table, std::int32_t trellis_bits) {
+  for (std::int32_t bits = 6; bits < 8; ++bits) {
+    bool repeats = trellis_bits <= 8 + bits;
+    for (std::int32_t i = 0; i < 256; ++i) {
+      repeats = repeats && table[i] == table[i >> (8 - bits) << (8 - bits)];
+    }
+    if (repeats) return bits;
+  }
+  return 8;
+}
+
 std::unique_ptr<TcqPlan> make_plan(const vq_matrix_part &source) {
   std::unique_ptr<TcqPlan> plan(new TcqPlan{});
   plan->bits = source.bits;
@@ -278,8 +291,10 @@ std::unique_ptr<TcqPlan> make_plan(const vq_matrix_part &source) {
   plan->frames = frames_of(source.bits);
   plan_gather(*plan);
   plan_shifts(*plan);
-  for (int i = 0; i < 256; ++i) {
-    plan->table[i] = static_cast<std::uint8_t>(source.table[i] + kCodeOffset);
+  plan->index_bits = index_bits_of(source.table, source.trellis_bits);
+  for (int i = 0; i < 1 << plan->index_bits; ++i) {
+    const std::int32_t level = source.table[i << (8 - plan->index_bits)];
+    plan->table[i] = static_cast<std::uint8_t>(level + kCodeOffset);
   }
   return plan;
 }

@@ -55,15 +55,17 @@ def dense(group_size: int = 0, dtype: Any = np.float32) -> Maker:
     return make
 
 
-def tcq(bits: int, trellis_bits: int = 12, group_size: int = 0) -> Maker:
-    """Random streams, table and multiplier."""
+def tcq(bits: int, trellis_bits: int = 12, group_size: int = 0, num_levels: int = 256) -> Maker:
+    """Random streams, table and multiplier; levels repeat in neighbouring entries of the table."""
 
     def make(out: int, columns: int, seed: int) -> Weights:
         random = np.random.default_rng(seed)
         return TcqWeights(
             codes=random.integers(0, 256, (columns, -(-out * bits // 8)), dtype=np.uint8),
             scales=halves(random, count_groups(columns, group_size), out),
-            table=random.integers(-128, 128, 256).astype(np.int8),
+            table=np.repeat(random.integers(-128, 128, num_levels), 256 // num_levels).astype(
+                np.int8
+            ),
             multiplier=int(random.integers(0, 1 << 15)) * 2 + 1,
             bits=bits,
             trellis_bits=trellis_bits,

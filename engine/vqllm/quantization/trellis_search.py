@@ -3,6 +3,9 @@
 Per size, multipliers are drawn at random and each gets a table by Lloyd's iteration on Gaussian
 samples: encode by Viterbi, set every level to the mean of its samples. The best few are trained on
 more samples, and the best of these on samples held out wins. Deterministic; minutes on one core.
+
+Few bits need few levels, and a table of 64 or 128 is one look-up of a processor where 256 are three
+or sixteen: those tables repeat every level in 4 or 2 neighbouring entries.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from vqllm.quantization.trellis import (
 )
 
 TRELLIS_BITS = (10, 12, 14, 16)
+NUM_LEVELS = {1: 64, 2: 64, 3: 128, 4: TABLE_SIZE, 5: TABLE_SIZE}  # by bits
 _ROWS = 256  # of a column: short, so that codes with a good start are chosen
 
 Floats = NDArray[np.float32]
@@ -54,8 +58,10 @@ class Effort:
 
 def effort_of(trellis_bits: int) -> Effort:
     """About a minute on one core."""
+    if trellis_bits <= 10:
+        return Effort(candidates=512, finalists=8, final_columns=512, final_rounds=8)
     if trellis_bits <= 12:
-        return Effort(candidates=60, finalists=3, final_columns=512, final_rounds=8)
+        return Effort(candidates=1024, finalists=8, final_columns=512, final_rounds=8)
     if trellis_bits <= 14:
         return Effort(candidates=16, finalists=2, final_columns=512, final_rounds=6)
     return Effort(4, finalists=1, columns=64, rounds=3, final_columns=512, final_rounds=4)
@@ -75,15 +81,17 @@ def mean_squared_error(codebook: TrellisCodebook, samples: Floats) -> float:
 
 def lloyd(codebook: TrellisCodebook, samples: Floats, rounds: int) -> TrellisCodebook:
     """The codebook after `rounds` iterations; levels without samples stay as they are."""
-    shift = codebook.trellis_bits - 8
+    num_levels = NUM_LEVELS[codebook.bits]
+    shift = codebook.trellis_bits - (num_levels.bit_length() - 1)
     for _ in range(rounds):
         states = states_of(codebook, _encode(codebook, samples), samples.shape[1])
         hashed = (states * codebook.multiplier) & ((1 << codebook.trellis_bits) - 1)
         index = (hashed >> shift).ravel()
-        counts = np.bincount(index, minlength=TABLE_SIZE)
-        sums = np.bincount(index, weights=samples.ravel(), minlength=TABLE_SIZE)
-        means = np.where(counts > 0, sums / np.maximum(counts, 1), codebook.table)
-        codebook = replace(codebook, table=_as_levels(means))
+        counts = np.bincount(index, minlength=num_levels)
+        sums = np.bincount(index, weights=samples.ravel(), minlength=num_levels)
+        before = codebook.table[:: TABLE_SIZE // num_levels]
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), before)
+        codebook = replace(codebook, table=_as_table(means))
     return codebook
 
 
@@ -121,13 +129,15 @@ def first_table(bits: int) -> NDArray[np.int8]:
     From the zero state it can choose 2^bits levels, evenly spaced in the table from entry 0 on; the
     turn makes them the middles of 2^bits equal parts of the Gaussian instead of their borders.
     """
-    gaussian = NormalDist(0, DEVIATION)
-    points = [gaussian.inv_cdf((i + 0.5) / TABLE_SIZE) for i in range(TABLE_SIZE)]
-    return np.roll(_as_levels(np.array(points)), -(TABLE_SIZE >> (bits + 1)))
+    gaussian, num_levels = NormalDist(0, DEVIATION), NUM_LEVELS[bits]
+    points = [gaussian.inv_cdf((i + 0.5) / num_levels) for i in range(num_levels)]
+    return _as_table(np.roll(points, -(num_levels >> (bits + 1))))
 
 
-def _as_levels(values: NDArray[np.float64]) -> NDArray[np.int8]:
-    return np.clip(np.rint(values), -127, 127).astype(np.int8)
+def _as_table(levels: NDArray[np.float64]) -> NDArray[np.int8]:
+    """All entries of a table, from the levels that differ."""
+    rounded = np.clip(np.rint(levels), -127, 127).astype(np.int8)
+    return np.repeat(rounded, TABLE_SIZE // len(levels))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

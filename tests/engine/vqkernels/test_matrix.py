@@ -56,8 +56,10 @@ FORMATS: dict[str, Maker] = {
     "dense-half-64": dense(64, np.float16),
     "tcq1": tcq(1),
     "tcq2": tcq(2),
+    "tcq2-64": tcq(2, num_levels=64),
     "tcq2-L16": tcq(2, 16, 64),
     "tcq3": tcq(3),
+    "tcq3-128": tcq(3, num_levels=128),
     "tcq3-L10": tcq(3, 10, 128),
     "tcq4": tcq(4, 12, 32),
     "tcq4-L16": tcq(4, 16),
@@ -151,10 +153,11 @@ def test_every_group_size_of_a_grid(width: int, group_size: int) -> None:
     check_tiers([grid(width, group_size, True)(17, 600, 3)], normal(2, 600))
 
 
+@pytest.mark.parametrize("num_levels", [64, 128, 256])
 @pytest.mark.parametrize("trellis_bits", range(10, 17))
 @pytest.mark.parametrize("width", range(1, 6))
-def test_every_trellis(width: int, trellis_bits: int) -> None:
-    check_tiers([tcq(width, trellis_bits, 128)(50, 200, 3)], normal(1, 200))
+def test_every_trellis(width: int, trellis_bits: int, num_levels: int) -> None:
+    check_tiers([tcq(width, trellis_bits, 128, num_levels)(50, 200, 3)], normal(1, 200))
 
 
 @pytest.mark.parametrize("name", ["grid2", "grid3", "grid4", "tcq2", "vq8-256-256", "vq8-65536"])
