@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import weakref
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -50,10 +52,8 @@ _SIGNATURES: Final[Signatures] = {
     "vq_read_all": (ctypes.c_int32, (_PTR, ctypes.c_int64, _PTR, _PTR)),
 }
 _FLOATS: Final = np.dtype(np.float32)
-_INTS: Final = np.dtype(np.int32)
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.int8]
 
 
@@ -264,44 +264,64 @@ class DecoderWeights:
     embedding_scales: Floats | None = None
 
 
-@dataclass(frozen=True, eq=False)
+class DecodeChunk(Protocol):
+    """New tokens of one sequence."""
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """The sequence's page table, up to the last new token."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """Position of the first new token."""
+        ...
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The new tokens, at least one."""
+        ...
+
+    @property
+    def num_logits(self) -> int:
+        """After how many of the last tokens logits are wanted."""
+        ...
+
+
 class DecodeBatch:
-    """Chunks of sequences, flattened: int32 arrays as in ``vq_decode_batch``.
+    """Chunks of sequences as ``vq_decode_batch`` wants them.
+
+    All its numbers lie in one array: making six of numpy's takes longer than a draw of a token.
 
     Attributes:
-        token_ids: new tokens of all chunks, one chunk after the other.
-        token_offsets: (chunks + 1,), where each chunk's tokens begin and end.
-        pages: page tables of all chunks.
-        page_offsets: (chunks + 1,) likewise.
-        starts: (chunks,), position of each chunk's first token.
-        num_logits: (chunks,), after how many of the last tokens logits are wanted.
+        num_logits: of all chunks.
+
+    Raises:
+        OverflowError: a number does not fit into 32 bits.
     """
 
-    token_ids: Ints
-    token_offsets: Ints
-    pages: Ints
-    page_offsets: Ints
-    starts: Ints
-    num_logits: Ints
+    def __init__(self, chunks: Sequence[DecodeChunk]) -> None:
+        tokens: list[int] = []
+        pages: list[int] = []
+        token_offsets, page_offsets = [0], [0]
+        for chunk in chunks:
+            tokens += chunk.token_ids
+            token_offsets.append(len(tokens))
+            pages += chunk.pages
+            page_offsets.append(len(pages))
+        wanted = [chunk.num_logits for chunk in chunks]
+        self.num_logits = sum(wanted)
+        self._num_chunks = len(chunks)
+        runs = tokens, token_offsets, pages, page_offsets, [c.start for c in chunks], wanted
+        self._lengths = [len(run) for run in runs]
+        self._values = array("i", itertools.chain(*runs))
 
-    def __post_init__(self) -> None:
-        chunks = self.starts.size
-        sizes = {
-            "token_ids": None,
-            "token_offsets": chunks + 1,
-            "pages": None,
-            "page_offsets": chunks + 1,
-            "starts": chunks,
-            "num_logits": chunks,
-        }
-        for name, size in sizes.items():
-            _check_vector(name, getattr(self, name), _INTS, size)
-        for offsets, values in ("token_offsets", "token_ids"), ("page_offsets", "pages"):
-            if chunks and getattr(self, offsets)[-1] != getattr(self, values).size:
-                raise ShapeError(
-                    f"{offsets} ends at {getattr(self, offsets)[-1]}, {values} has "
-                    f"{getattr(self, values).size} entries"
-                )
+    def to_struct(self, logits: int) -> BatchStruct:
+        """For the native call, which writes to the address `logits`; valid while this lives."""
+        begin, _ = self._values.buffer_info()
+        begins = itertools.accumulate(self._lengths[:-1], initial=0)
+        addresses = (begin + self._values.itemsize * at for at in begins)
+        return BatchStruct(self._num_chunks, self.num_logits, *addresses, logits)
 
 
 @dataclass(frozen=True)
@@ -355,19 +375,8 @@ class Decoder(Closing):
             IndexError: a token, position or page does not exist; nothing was computed.
             NonFiniteError: an activation overflowed; the sequences' caches are useless.
         """
-        rows = int(batch.num_logits.sum())
-        logits = self._logits(rows, out)
-        struct = BatchStruct(
-            batch.starts.size,
-            rows,
-            _address(batch.token_ids),
-            _address(batch.token_offsets),
-            _address(batch.pages),
-            _address(batch.page_offsets),
-            _address(batch.starts),
-            _address(batch.num_logits),
-            _address(logits),
-        )
+        logits = self._logits(batch.num_logits, out)
+        struct = batch.to_struct(int(logits.ctypes.data))
         status = self._library.vq_decoder_step(
             self._address, ctypes.byref(struct), None if pool is None else pool.handle
         )

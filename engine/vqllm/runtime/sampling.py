@@ -125,7 +125,7 @@ class Sampler:
         if params.has_penalties:
             logits = _penalize(logits, params, prompt_ids, output_ids)
         if params.is_greedy:
-            return int(np.argmax(logits))
+            return int(logits.argmax())
         token_ids, probabilities = _distribution(logits, params)
         return int(token_ids[_draw(probabilities, self._random.random())])
 

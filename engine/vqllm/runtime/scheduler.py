@@ -134,7 +134,7 @@ class Scheduler:
         scheduled.num_computed = chunk.start + num_certain + num_accepted
         num_full = scheduled.num_computed // self.pages.page_size
         if num_full > scheduled.num_published:
-            tokens = scheduled.token_ids[: scheduled.num_computed]
+            tokens = scheduled.sequence.tokens(0, scheduled.num_computed)
             self.pages.publish(scheduled.pages, tokens, scheduled.num_published)
             scheduled.num_published = num_full
 
@@ -177,7 +177,7 @@ class Scheduler:
         if not self._reserve(scheduled, start + num_tokens + len(drafts)):
             return None
         is_last = num_tokens == scheduled.num_pending
-        tokens = [*scheduled.token_ids[start : start + num_tokens], *drafts]
+        tokens = [*scheduled.sequence.tokens(start, start + num_tokens), *drafts]
         num_logits = 1 + len(drafts) if is_last else 0
         return Work(scheduled, Chunk(tuple(scheduled.pages), start, tokens, num_logits), drafts)
 

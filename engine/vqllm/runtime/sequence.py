@@ -36,6 +36,13 @@ class Sequence:
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Those of prompt and answer at the positions [start, stop)."""
+        answer = len(self.prompt_token_ids)
+        if start >= answer:
+            return self.output_token_ids[start - answer : stop - answer]
+        return self.prompt_token_ids[start:stop] + self.output_token_ids[: max(stop - answer, 0)]
+
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None

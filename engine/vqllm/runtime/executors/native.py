@@ -137,9 +137,8 @@ class NativeExecutor(Executor, PagedExecutor):
 
     def step(self, chunks: Sequence[Chunk]) -> Logits:
         """Raises IndexError: a token, position or page does not exist; nothing was computed."""
-        batch = _batch(chunks)
-        rows = int(batch.num_logits.sum())
-        out = self._logits if rows <= len(self._logits) else None
+        batch = DecodeBatch(chunks)
+        out = self._logits if batch.num_logits <= len(self._logits) else None
         return self._decoder.step(batch, self._pool, out)
 
     def copy_page(self, source: int, target: int) -> None:
@@ -334,23 +333,3 @@ def _rotation(size: int, seed: int | None) -> Rotation | None:
     found = rotation(size, seed)
     base = np.ascontiguousarray(hadamard_matrix(found.order))
     return Rotation(found.signs, base, found.power)
-
-
-def _batch(chunks: Sequence[Chunk]) -> DecodeBatch:
-    """Chunks flattened."""
-    tokens = [token_id for chunk in chunks for token_id in chunk.token_ids]
-    pages = [page for chunk in chunks for page in chunk.pages]
-    return DecodeBatch(
-        token_ids=np.array(tokens, dtype=np.int32),
-        token_offsets=_offsets([len(chunk.token_ids) for chunk in chunks]),
-        pages=np.array(pages, dtype=np.int32),
-        page_offsets=_offsets([len(chunk.pages) for chunk in chunks]),
-        starts=np.array([chunk.start for chunk in chunks], dtype=np.int32),
-        num_logits=np.array([chunk.num_logits for chunk in chunks], dtype=np.int32),
-    )
-
-
-def _offsets(counts: list[int]) -> NDArray[np.int32]:
-    offsets = np.zeros(len(counts) + 1, dtype=np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
