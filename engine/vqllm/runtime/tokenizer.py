@@ -35,9 +35,12 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens or {}
         self._template = None if chat_template is None else _compile(chat_template)
-        self._bytes = _token_bytes_table(tokenizer)
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._piece_bytes = _byte_level_bytes if _is_byte_level(tokenizer) else _piece_bytes
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = tokenizer.get_vocab_size()
+        # Filled as tokens come: all of a vocabulary would be a third of the time to load a model.
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTokenizer:
@@ -90,9 +93,18 @@ class ChatTokenizer:
         Raises:
             InvalidPrompt: the id is outside the vocabulary.
         """
-        if not 0 <= token_id < len(self._bytes):
-            raise InvalidPrompt(f"token id {token_id} is outside [0, {len(self._bytes)})")
-        return self._bytes[token_id]
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidPrompt(f"token id {token_id} is outside [0, {self.vocab_size})")
+        known = self._bytes[token_id]
+        if known is None:
+            known = self._bytes[token_id] = self._make_bytes(token_id)
+        return known
+
+    def _make_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            token = self._added[token_id]
+            return b"" if token.special else token.content.encode()
+        return self._piece_bytes(self._tokenizer.id_to_token(token_id) or "")
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ending where the assistant is to answer.
@@ -172,19 +184,9 @@ def _eos_token_ids(folder: Path, tokenizer: Tokenizer, special: dict[str, str]) 
     return frozenset(ids)
 
 
-def _token_bytes_table(tokenizer: Tokenizer) -> list[bytes]:
-    decoder = json.loads(tokenizer.to_str()).get("decoder")
-    is_byte_level = "ByteLevel" in json.dumps(decoder)
-    to_bytes = _byte_level_bytes if is_byte_level else _piece_bytes
-    added = tokenizer.get_added_tokens_decoder()
-    table = []
-    for token_id in range(tokenizer.get_vocab_size()):
-        if token_id in added:
-            token = added[token_id]
-            table.append(b"" if token.special else token.content.encode())
-        else:
-            table.append(to_bytes(tokenizer.id_to_token(token_id) or ""))
-    return table
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    decoder: Any = tokenizer.decoder
+    return decoder is not None and b"ByteLevel" in decoder.__getstate__()
 
 
 def _byte_level_alphabet() -> dict[str, int]:
