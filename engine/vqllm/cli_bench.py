@@ -21,8 +21,12 @@ def bench(
         str | None, typer.Option("--json", help="Write the rows to this file; - prints them.")
     ] = None,
     engines: Annotated[
-        str, typer.Option(help="Which, by commas: native, onnx, llama.cpp.")
-    ] = "native,onnx",
+        str,
+        typer.Option(
+            help="Which, by commas: native, onnx, llama.cpp; the last only with a --gguf.",
+            show_default="those that have something to run",
+        ),
+    ] = "",
     gguf: Annotated[
         list[Path] | None, typer.Option(help="A file that llama.cpp runs; may be repeated.")
     ] = None,
@@ -44,7 +48,8 @@ def bench(
     messages = Console(stderr=True)
     config = BenchConfig(threads, prompt, tokens, batch, rounds, temperature)
     folders = [_folder(model, cache) for model in models]
-    contenders = make_contenders(folders, engines.split(","), config, gguf or (), messages.print)
+    names = (engines or ("native,onnx,llama.cpp" if gguf else "native,onnx")).split(",")
+    contenders = make_contenders(folders, names, config, gguf or (), messages.print)
     rows = [row.to_dict() for row in run_bench(contenders, config, messages.print)]
     text = json.dumps(rows, indent=2)
     if json_file == STANDARD_OUTPUT:

@@ -348,6 +348,8 @@ def make_contenders(
         for name in engines
         if name != LlamaCppContender.engine
     ]
+    if ggufs and LlamaCppContender.engine not in engines:
+        raise InvalidConfig("engines", ",".join(engines), "with llama.cpp to run a GGUF file")
     if LlamaCppContender.engine in engines:
         if not ggufs:
             raise InvalidConfig("gguf", None, "a GGUF file, because llama.cpp is to run one")

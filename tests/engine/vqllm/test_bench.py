@@ -93,10 +93,19 @@ def test_engines_that_cannot_run_are_named(tiny_folder: Path, tmp_path: Path) ->
         make_contenders([tiny_folder], ["vllm"], BenchConfig())
     with pytest.raises(InvalidConfig, match="gguf"):
         make_contenders([tiny_folder], ["llama.cpp"], BenchConfig())
+    with pytest.raises(InvalidConfig, match=r"engines is 'native'.*llama\.cpp"):
+        make_contenders([], ["native"], BenchConfig(), [tmp_path / "x.gguf"])
     lines: list[str] = []
     with pytest.raises(ExecutorUnavailable, match="no engine can run"):
         make_contenders([], ["llama.cpp"], BenchConfig(), [tmp_path / "x.gguf"], lines.append)
     assert "llama-cpp-python" in lines[0]
+
+
+def test_a_gguf_brings_llama_cpp_with_it(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["bench", str(tiny_folder), "--prompt", "9", "--tokens", "5"]
+    result = CliRunner().invoke(app, [*arguments, "--gguf", str(tmp_path / "absent.gguf")])
+    assert "llama.cpp on absent.gguf" in result.output
+    assert result.exit_code == 0, result.output
 
 
 def test_the_command_measures_a_real_engine(tiny_folder: Path, tmp_path: Path) -> None:
