@@ -56,7 +56,7 @@ def quantized_model(source: WeightSource, options: MethodOptions) -> dict[str, Q
 
 @pytest.fixture
 def text() -> Windows:
-    return np.random.default_rng(5).integers(0, 256, (20, 24)).astype(np.int64)
+    return np.random.default_rng(5).integers(0, 256, (80, 24)).astype(np.int64)
 
 
 @pytest.mark.parametrize("options", METHODS)
