@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from vqllm.evaluation.compare import Row
 from vqllm.evaluation.statistics import bootstrap_mean, bootstrap_ratio, ratio_interval
 
-BRACKETS = ((2.0, 2.4), (3.0, 3.5), (4.0, 4.6))
 OURS, PUBLISHED = "ours", "VPTQ as published"
 
 Cell = str | float | int | None
@@ -112,20 +111,12 @@ def duel(ours: ArmResult, theirs: ArmResult) -> Duel:
 
 
 def duels(arms: Sequence[ArmResult]) -> list[Duel]:
-    """In every bracket, our arm of least KL against every peer there at equal or more bits.
-
-    A peer above a bracket's end meets the best of ours in the bracket below it as well: more bits
-    is the peer's advantage.
-    """
+    """Every other arm against ours of least KL among those of as many bits or fewer."""
     result = []
-    for low, high in BRACKETS:
-        ours = [arm for arm in arms if arm.family == OURS and low <= arm.bpw <= high]
-        if not ours:
-            continue
-        best = min(ours, key=lambda arm: arm.mean("mean_kl"))
-        upper = next((start for start, _ in BRACKETS if start > high), math.inf)
-        peers = [arm for arm in arms if arm.family != OURS and best.bpw <= arm.bpw < upper]
-        result += [duel(best, peer) for peer in peers]
+    for theirs in arms:
+        ours = [arm for arm in arms if arm.family == OURS and arm.bpw <= theirs.bpw]
+        if theirs.family != OURS and ours:
+            result.append(duel(min(ours, key=lambda arm: arm.mean("mean_kl")), theirs))
     return result
 
 

@@ -210,11 +210,16 @@ def test_duels_are_paired_and_fair_in_bits() -> None:
         made_row("peer small", "peer", 2.05, 0.1),
         made_row("peer wide", "peer", 2.7, 0.2),
         made_row("vq 2", "ours", 2.2, 0.50),
+        made_row("tcq 4", "ours", 4.2, 0.02),
+        made_row("peer 4", "peer", 4.1, 0.1),
+        made_row("peer 5", "peer", 5.5, 0.1),
     ]
     results = duels(collect(rows, "wiki"))
     assert [(one.ours, one.theirs, one.is_won) for one in results] == [
         ("tcq 2", "peer 2", True),
         ("tcq 2", "peer wide", False),
+        ("tcq 2", "peer 4", False),
+        ("tcq 4", "peer 5", True),
     ]
     same = duel(collect(rows[:1], "wiki")[0], collect(rows[:1], "wiki")[0])
     assert same.ratio == (1, 1, 1)
