@@ -55,7 +55,8 @@ def ray_mapper(address: str | None = None) -> Iterator[RayMapper]:
     """Connect to a cluster, or start one on this machine, and leave it afterwards.
 
     Raises:
-        ExecutorUnavailable: Ray is not installed, or no cluster answers at `address`.
+        ExecutorUnavailable: Ray is not installed or does not start, or no cluster answers at
+            `address`.
     """
     try:
         import ray
@@ -69,6 +70,11 @@ def ray_mapper(address: str | None = None) -> Iterator[RayMapper]:
             ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise ExecutorUnavailable(f"no Ray cluster answers at {address}: {error}") from error
+        except RuntimeError as error:
+            raise ExecutorUnavailable(
+                f"Ray did not start on this machine: {error}; try again, or start a cluster by "
+                "`ray start --head` first"
+            ) from error
     try:
         yield RayMapper(ray)
     finally:

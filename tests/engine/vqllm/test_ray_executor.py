@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,28 @@ from vqllm.sources import PlainSource
 Windows = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Mapper]:
-    ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def start_cluster(ray: Any, tries: int = 3) -> None:
+    """Two workers here. Ray's own servers now and then do not come up on a busy machine."""
+    try:
         ray.init(
             num_cpus=2,
             include_dashboard=False,
             logging_level=logging.ERROR,
             object_store_memory=100 * 2**20,
         )
+    except RuntimeError:
+        ray.shutdown()
+        if tries == 1:
+            raise
+        start_cluster(ray, tries - 1)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Mapper]:
+    ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start_cluster(ray)
         with make_mapper("ray") as mapper:
             yield mapper
         ray.shutdown()
@@ -91,6 +103,21 @@ def test_the_local_mapper_keeps_the_order() -> None:
 
 def test_an_unknown_executor_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="executor is 'slurm'"), make_mapper("slurm"):
+        pass
+
+
+def test_a_cluster_that_does_not_start_is_told_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(**options: object) -> None:
+        raise RuntimeError("timed out")
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=never)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with (
+        pytest.raises(ExecutorUnavailable, match=r"did not start.*timed out.*ray start"),
+        make_mapper("ray"),
+    ):
         pass
 
 
