@@ -30,7 +30,8 @@ struct Floats {
     } else {
       other = _mm512_shuffle_f32x4(value, value, half == 4 ? 0xb1 : 0x4e);
     }
-    constexpr __mmask16 kUpper = half == 1 ? 0xaaaa : half == 2 ? 0xcccc : half == 4 ? 0xf0f0 : 0xff00;
+    constexpr __mmask16 kUpper =
+        half == 1 ? 0xaaaa : half == 2 ? 0xcccc : half == 4 ? 0xf0f0 : 0xff00;
     return {_mm512_mask_sub_ps(_mm512_add_ps(value, other), kUpper, other, value)};
   }
   friend Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.value, b.value)}; }

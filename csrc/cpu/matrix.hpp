@@ -62,9 +62,9 @@ MatrixShape shape_of(const vq_matrix &matrix);
 std::int32_t quantize_rows(const vq_matrix &matrix, const float *x, std::int64_t x_stride,
                            std::int32_t row, std::int32_t count, const ActivationBuffers &buffers);
 
-// One row of x (in natural order) as the weights see it: permuted, and times the column scales. Returns
-// x itself where there is nothing to do, else `arranged` [in_features]. *offset is what the column
-// bias adds to every output.
+// One row of x (in natural order) as the weights see it: permuted, and times the column scales.
+// Returns x itself where there is nothing to do, else `arranged` [in_features]. *offset is what the
+// column bias adds to every output.
 const float *arrange_row(const vq_matrix &matrix, const float *x, float *arranged, float *offset);
 
 // y[b * y_stride + n] = sum_k x[b][k] * W[n][k] + offsets[b] + row_bias[n] for the rows n of the

@@ -50,6 +50,15 @@ def _run(
         return function(shared, job)
 
 
+def _why_not(address: str | None, error: Exception) -> str:
+    if address is not None:
+        return f"no Ray cluster answers at {address}: {error}"
+    return (
+        f"Ray did not start on this machine: {error}; try again, or start a cluster by "
+        "`ray start --head` first"
+    )
+
+
 @contextmanager
 def ray_mapper(address: str | None = None) -> Iterator[RayMapper]:
     """Connect to a cluster, or start one on this machine, and leave it afterwards.
@@ -68,13 +77,8 @@ def ray_mapper(address: str | None = None) -> Iterator[RayMapper]:
     if not was_running:
         try:
             ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ExecutorUnavailable(f"no Ray cluster answers at {address}: {error}") from error
-        except RuntimeError as error:
-            raise ExecutorUnavailable(
-                f"Ray did not start on this machine: {error}; try again, or start a cluster by "
-                "`ray start --head` first"
-            ) from error
+        except (ConnectionError, RuntimeError) as error:
+            raise ExecutorUnavailable(_why_not(address, error)) from error
     try:
         yield RayMapper(ray)
     finally:

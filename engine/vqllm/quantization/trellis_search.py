@@ -4,8 +4,8 @@ Per size, multipliers are drawn at random and each gets a table by Lloyd's itera
 samples: encode by Viterbi, set every level to the mean of its samples. The best few are trained on
 more samples, and the best of these on samples held out wins. Deterministic; minutes on one core.
 
-Few bits need few levels, and a table of 64 or 128 is one look-up of a processor where 256 are three
-or sixteen: those tables repeat every level in 4 or 2 neighbouring entries.
+Few bits need few levels, and a table of 64 or 128 is one look-up of a processor where 256 are two
+and a blend, or sixteen: those tables repeat every level in 4 or 2 neighbouring entries.
 """
 
 from __future__ import annotations
