@@ -274,6 +274,7 @@ void vq_decoder::reserve_scratch() {
   rows_.reserve(static_cast<std::size_t>(rows));
   spans_.reserve(static_cast<std::size_t>(rows));
   logit_rows_.reserve(static_cast<std::size_t>(rows));
+  largest_.resize(static_cast<std::size_t>(c.num_threads));
 }
 
 void vq_decoder::copy_page(std::int32_t source, std::int32_t target) {

@@ -151,6 +151,7 @@ struct vq_decoder {
   std::vector<vq::Row> rows_;
   std::vector<vq::Span> spans_;
   std::vector<std::int32_t> logit_rows_;  // rows of the pass that want logits
+  std::vector<float> largest_;            // by thread, of an estimated row
   vq::Barrier barrier_;
   std::atomic<std::int32_t> status_{VQ_OK};
 };

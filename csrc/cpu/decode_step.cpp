@@ -130,7 +130,9 @@ std::int32_t vq_decoder::check_batch(const vq_decode_batch &batch, std::int32_t 
   for (std::int32_t i = 0; i < batch.num_chunks; ++i) {
     const std::int64_t tokens = std::int64_t{batch.token_offsets[i + 1]} - batch.token_offsets[i];
     const std::int64_t pages = std::int64_t{batch.page_offsets[i + 1]} - batch.page_offsets[i];
-    if (tokens < 1 || pages < 1 || batch.num_logits[i] < 0 || batch.num_logits[i] > tokens) {
+    const bool bad_largest = batch.largest_of != nullptr &&
+                             (batch.largest_of[i] < 0 || batch.largest_of[i] > config.vocab_size);
+    if (bad_largest || tokens < 1 || pages < 1 || batch.num_logits[i] < 0 || batch.num_logits[i] > tokens) {
       return VQ_ERR_SHAPE;
     }
     const std::int64_t stop = batch.starts[i] + tokens;
@@ -268,9 +270,10 @@ struct vq_decoder::Part {
     if (wanted == 0) return;
     const vq_rotation &rotation = decoder.weights_.residual;
     float *logits = decoder.batch_->logits + decoder.first_logit_ * config.vocab_size;
+    float *outputs = is_estimating() ? nullptr : logits;
     // Rows change hands here: whoever prepares one may not be who embedded it. The last barrier
     // stands between.
-    project(decoder.head_, wanted, logits, config.vocab_size, [&](std::int32_t i, float *x) {
+    project(decoder.head_, wanted, outputs, config.vocab_size, [&](std::int32_t i, float *x) {
       const std::int32_t row = decoder.logit_rows_[static_cast<std::size_t>(i)];
       add_update(row);
       const float *hidden = residual(row);
@@ -280,7 +283,43 @@ struct vq_decoder::Part {
       }
       normalize(hidden, decoder.final_norm_, x);
     });
+    if (is_estimating()) estimate_logits(logits, num_candidates());
     end_phase(VQ_PHASE_HEAD);
+  }
+
+  // Whether the logits of the pass but the largest are to be estimates. Not those of several tokens:
+  // what each leaves in question takes longer to compute than the lower layer to read.
+  bool is_estimating() const {
+    const bool can = config.exact == 0 && decoder.head_.shapes[0].is_layered != 0 &&
+                     decoder.logit_rows_.size() == 1 && decoder.batch_->largest_of != nullptr;
+    return can && num_candidates() > 0;
+  }
+
+  // Of the only row of logits: how many may be the largest that is wanted.
+  std::int32_t num_candidates() const {
+    const auto row = static_cast<std::size_t>(decoder.logit_rows_[0]);
+    return decoder.batch_->largest_of[decoder.rows_[row].chunk];
+  }
+
+  // Outputs in question stand close together, because low tokens are frequent ones: runs of panels
+  // are dealt out in turn.
+  void estimate_logits(float *logits, std::int32_t candidates) {
+    const vq_matrix &head = *decoder.head_.parts[0];
+    const vq::Activations x = inputs_of(decoder.head_, 0, 1);
+    const std::int32_t begin = vq::split_begin(head, index, count);
+    const std::int32_t end = vq::split_begin(head, index + 1, count);
+    vq::multiply_upper(head, x, logits, begin, end);
+    decoder.largest_[static_cast<std::size_t>(index)] =
+        vq::try_largest(head, x, logits, begin, end, candidates);
+    decoder.barrier_.wait(count);
+    const float largest = *std::max_element(decoder.largest_.begin(),
+                                            decoder.largest_.begin() + count);
+    const std::int32_t panels = decoder.head_.shapes[0].num_panels;
+    for (std::int32_t at = index * vq::kMaxCompleted; at < panels;
+         at += count * vq::kMaxCompleted) {
+      const std::int32_t stop = std::min(at + vq::kMaxCompleted, panels);
+      vq::complete_panels(head, x, logits, at, stop, largest);
+    }
   }
 
   void add_update(std::int32_t row) {
@@ -307,7 +346,7 @@ struct vq_decoder::Part {
   // ---- Matrices ----
 
   // outputs[row] = prepared row times the projection, for `rows` rows. prepare(row, x) writes the
-  // input of a row. Ends without a barrier.
+  // input of a row. Without outputs it ends with the input. Ends without a barrier.
   template <class Prepare>
   void project(const vq::Projection &projection, std::int32_t rows, float *outputs,
                std::int64_t stride, Prepare prepare) {
@@ -321,6 +360,10 @@ struct vq_decoder::Part {
         if (config.exact == 0) quantize_shared(projection, x, row);
       }
       decoder.barrier_.wait(count);
+    }
+    if (outputs == nullptr) {
+      if (is_alone) quantize(projection, 0, scratch.normed, 0, buffers_of(projection, 0));
+      return;
     }
     for (std::int32_t i = 0; i < projection.num_parts; ++i) {
       multiply(projection, i, rows, outputs + projection.offsets[i], stride);
@@ -362,20 +405,29 @@ struct vq_decoder::Part {
           vq::multiply_panels_exact(matrix, x, decoder.widest_, rows, outputs, stride, begin, end));
       return;
     }
-    const bool shares = projection.num_inputs == 1;
-    vq::ActivationSet &set = is_alone ? decoder.private_[static_cast<std::size_t>(index)]
-                                      : decoder.shared_[static_cast<std::size_t>(shares ? 0 : i)];
-    if (is_alone && (i == 0 || !shares)) {
-      quantize(projection, i, scratch.normed, 0, set.buffers);
+    if (is_alone && (i == 0 || projection.num_inputs > 1)) {
+      quantize(projection, i, scratch.normed, 0, buffers_of(projection, i));
     }
+    vq::multiply_panels(matrix, inputs_of(projection, i, rows), outputs, stride, begin, end);
+  }
+
+  // Where the quantized input of part i lies.
+  const vq::ActivationBuffers &buffers_of(const vq::Projection &projection, std::int32_t i) const {
+    const bool shares = projection.num_inputs == 1;
+    return is_alone ? decoder.private_[static_cast<std::size_t>(index)].buffers
+                    : decoder.shared_[static_cast<std::size_t>(shares ? 0 : i)].buffers;
+  }
+
+  vq::Activations inputs_of(const vq::Projection &projection, std::int32_t i,
+                            std::int32_t rows) const {
+    const vq::ActivationBuffers &buffers = buffers_of(projection, i);
     const vq::MatrixShape &shape = projection.shapes[i];
-    const vq::Activations inputs{set.buffers.q,
-                                 set.buffers.scales,
-                                 set.buffers.prefix,
-                                 shape.has_column_bias != 0 ? set.buffers.offsets : nullptr,
-                                 rows,
-                                 shape.columns};
-    vq::multiply_panels(matrix, inputs, outputs, stride, begin, end);
+    return {buffers.q,
+            buffers.scales,
+            buffers.prefix,
+            shape.has_column_bias != 0 ? buffers.offsets : nullptr,
+            rows,
+            shape.columns};
   }
 
   void note(std::int32_t status) {

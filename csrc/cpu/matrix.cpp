@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -48,6 +49,7 @@ struct vq_matrix {
   std::int32_t out_features = 0;
   std::int32_t num_panels = 0;
   std::vector<vq::PackedPart> parts;
+  std::unique_ptr<vq::MatrixPart> upper;  // of a layered part
   std::vector<vq::Band> bands;
   std::vector<vq::InputGroup> groups;
   std::vector<std::int32_t> permutation;
@@ -64,6 +66,9 @@ constexpr float kSmallestMax = 1e-30f;  // below this, 127 / amax would overflow
 constexpr std::uint32_t kInfinityBits = 0x7f800000u;
 constexpr std::int32_t kPartialSums = 8;
 constexpr std::int64_t kAlignment = 64;
+constexpr std::int32_t kUpperZero = 8;
+constexpr float kMeanLower = 7.5f;              // of 0..15
+constexpr float kLowerDoubt = 5.0f * 4.609772f;  // standard deviations, sqrt((16^2 - 1) / 12)
 
 // ---- activations ----
 
@@ -338,6 +343,7 @@ double panel_cost(const MatrixPart &part) {
   for (std::int32_t s = 0; s < part.num_stages; ++s) {
     switch (part.stages[s].decode) {
       case Decode::kGrid8:
+      case Decode::kLayers:
         cost += 2.0;
         break;
       case Decode::kTcq:
@@ -353,7 +359,51 @@ double panel_cost(const MatrixPart &part) {
   return cost * part.panel_rows;
 }
 
+// ---- layers ----
+
+std::int32_t sum_of_squares(const std::int8_t *q) {
+  std::int32_t sum = 0;
+  for (std::int32_t k = 0; k < kActivationGroup; ++k) {
+    sum += std::int32_t{q[k]} * q[k];
+  }
+  return sum;
+}
+
+LayeredInput layered_input(const Activations &x) {
+  const std::int32_t groups = activation_groups(x.columns);
+  float sum = 0.0f;
+  float squares = 0.0f;
+  for (std::int32_t group = 0; group < groups; ++group) {
+    constexpr std::int32_t kSteps = kActivationGroup / kPrefixStep;
+    const std::int32_t codes = x.prefix[(group + 1) * kSteps] - x.prefix[group * kSteps];
+    const std::int32_t energy = sum_of_squares(x.q + group * kActivationGroup);
+    sum += static_cast<float>(codes) * x.scales[group];
+    squares += static_cast<float>(energy) * (x.scales[group] * x.scales[group]);
+  }
+  return {kMeanLower * sum, kLowerDoubt * std::sqrt(squares)};
+}
+
+LayeredRows layered_rows(const vq_matrix &matrix, const Activations &x, float *y,
+                         std::int32_t panel_begin, std::int32_t panel_end) {
+  const std::int32_t begin = panel_begin * kPairRows;
+  const std::int32_t end = std::min(panel_end * kPairRows, matrix.out_features);
+  return {y + begin, matrix.upper->row_scales + begin, end - begin, layered_input(x)};
+}
+
+// The upper layer of a part as a grid of its own.
+std::unique_ptr<MatrixPart> upper_layer(const MatrixPart &part) {
+  auto upper = std::make_unique<MatrixPart>(part);
+  upper->scales = part.upper_scales;
+  upper->stages[0].decode = Decode::kGrid4;
+  upper->stages[0].zero = kUpperZero;
+  return upper;
+}
+
 // ---- creation ----
+
+bool is_layered(const vq_matrix_part &part) {
+  return part.kind == VQ_MATRIX_LAYERED;
+}
 
 // Parts in the rows of parts[first], itself included.
 std::int32_t parts_beside(const vq_matrix_part *parts, std::int32_t num_parts, std::int32_t first) {
@@ -395,7 +445,8 @@ std::int32_t check_parts(const vq_matrix_part *parts, std::int32_t num_parts, bo
       return status;
     }
   }
-  return check_columns(parts, num_parts) ? VQ_OK : VQ_ERR_SHAPE;
+  const bool stacks_layers = num_parts > 1 && std::any_of(parts, parts + num_parts, is_layered);
+  return check_columns(parts, num_parts) && !stacks_layers ? VQ_OK : VQ_ERR_SHAPE;
 }
 
 std::int32_t copy_transform(const vq_matrix_transform *input, vq_matrix &matrix) {
@@ -503,6 +554,9 @@ std::unique_ptr<vq_matrix> make_matrix(const vq_matrix_part *parts, std::int32_t
     memory = add_band(parts + i, width, memory, is_packed, *matrix);
   }
   cut_inputs(*matrix);
+  if (is_layered(parts[0])) {
+    matrix->upper = upper_layer(matrix->parts[0].part);
+  }
   return matrix;
 }
 
@@ -586,7 +640,41 @@ MatrixShape shape_of(const vq_matrix &matrix) {
           matrix.num_panels,
           has_transform || matrix.bands[0].end_part > 1,
           matrix.bands[0].end_part > 1,
-          !matrix.column_bias.empty()};
+          !matrix.column_bias.empty(),
+          matrix.upper != nullptr && matrix.row_bias.empty() && matrix.column_bias.empty()};
+}
+
+void multiply_upper(const vq_matrix &matrix, const Activations &x, float *y,
+                    std::int32_t panel_begin, std::int32_t panel_end) {
+  matrix_ops().panels(MatrixJob{matrix.upper.get(), x, y, 0}, panel_begin, panel_end);
+}
+
+float try_largest(const vq_matrix &matrix, const Activations &x, float *y,
+                  std::int32_t panel_begin, std::int32_t panel_end, std::int32_t count) {
+  LayeredRows rows = layered_rows(matrix, x, y, panel_begin, panel_end);
+  rows.count = std::min(rows.count, count - panel_begin * kPairRows);
+  if (rows.count <= 0) {
+    return -std::numeric_limits<float>::infinity();
+  }
+  const std::int32_t row = panel_begin * kPairRows + matrix_ops().layered.largest(rows);
+  const std::int32_t panel = row / kPairRows;
+  float upper[kPairRows];
+  const std::int32_t valid = std::min(kPairRows, matrix.out_features - panel * kPairRows);
+  std::copy_n(y + panel * kPairRows, valid, upper);
+  multiply_panels(matrix, x, y, 0, panel, panel + 1);
+  const float largest = y[row];
+  std::copy_n(upper, valid, y + panel * kPairRows);
+  return largest;
+}
+
+void complete_panels(const vq_matrix &matrix, const Activations &x, float *y,
+                     std::int32_t panel_begin, std::int32_t panel_end, float threshold) {
+  std::int32_t panels[kMaxCompleted + 1];
+  const LayeredRows rows = layered_rows(matrix, x, y, panel_begin, panel_end);
+  const std::int32_t count = matrix_ops().layered.estimate(rows, threshold, panels);
+  for (std::int32_t i = 0; i < count; ++i) {
+    multiply_panels(matrix, x, y, 0, panel_begin + panels[i], panel_begin + panels[i] + 1);
+  }
 }
 
 std::int32_t quantize_rows(const vq_matrix &matrix, const float *x, std::int64_t x_stride,

@@ -53,6 +53,7 @@ struct MatrixShape {
   std::int32_t has_transform;    // arranges or scales its input: shares no Activations
   std::int32_t has_parts;        // its columns lie in parts side by side
   std::int32_t has_column_bias;  // needs ActivationBuffers::offsets
+  std::int32_t is_layered;       // and adds nothing to its outputs: the functions below apply
 };
 MatrixShape shape_of(const vq_matrix &matrix);
 
@@ -72,6 +73,31 @@ const float *arrange_row(const vq_matrix &matrix, const float *x, float *arrange
 // batch and split gives the same bits.
 void multiply_panels(const vq_matrix &matrix, const Activations &x, float *y, std::int64_t y_stride,
                      std::int32_t panel_begin, std::int32_t panel_end);
+
+// ---- layered matrices: the largest output of one row of activations, estimates of the others ----
+
+// What the lower layer adds to an output, over the scale of its weights: `expected` on average, and
+// hardly ever more than `doubt` beside it. Its codes are taken for independent and uniform, and
+// believed to 5 standard deviations.
+struct LayeredInput {
+  float expected;
+  float doubt;
+};
+
+// multiply_panels without the lower layer.
+void multiply_upper(const vq_matrix &matrix, const Activations &x, float *y,
+                    std::int32_t panel_begin, std::int32_t panel_end);
+
+// Then the output of the panels that seems to be the largest, from both layers. Only the first `count`
+// outputs of the matrix are looked at; minus infinity if none of them is in the panels.
+float try_largest(const vq_matrix &matrix, const Activations &x, float *y,
+                  std::int32_t panel_begin, std::int32_t panel_end, std::int32_t count);
+
+// And then outputs that may reach `threshold` as multiply_panels has them, bit for bit; to others
+// what is expected of the lower layer is added. At most kMaxCompleted panels.
+constexpr std::int32_t kMaxCompleted = 32;
+void complete_panels(const vq_matrix &matrix, const Activations &x, float *y,
+                     std::int32_t panel_begin, std::int32_t panel_end, float threshold);
 
 // The same with float32 activations and weights as the checkpoint means them (no int8 anywhere).
 // x is [batch][x_stride] in natural order. Slow; may allocate scratch once per thread.

@@ -3,6 +3,7 @@
 // would overflow them, so those become signed and lend their sign to the activations.
 // Compiled with -mavx2 -mf16c; only reached after the run-time check in dispatch.cpp.
 #include "matrix_avx2.hpp"
+#include "matrix_layered.hpp"
 
 namespace vq {
 namespace {
@@ -33,6 +34,22 @@ void decode_grid4(const std::uint8_t *codes, std::int32_t num_blocks, std::uint8
     }
     codes += kBlockBytes;
     tile += 2 * kBlockBytes;
+  }
+}
+
+void decode_layers(const std::uint8_t *upper, const std::uint8_t *lower, std::int32_t num_blocks,
+                   std::uint8_t *tile) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (std::int32_t at = 0; at < num_blocks * kBlockBytes; at += kHalf) {
+    prefetch(upper + at);
+    prefetch(lower + at);
+    const __m256i high = load_half(upper + at);
+    const __m256i low = load_half(lower + at);
+    const __m256i first = _mm256_slli_epi16(_mm256_and_si256(high, mask), 4);
+    const __m256i second = _mm256_and_si256(_mm256_srli_epi16(low, 4), mask);
+    std::uint8_t *blocks = tile + at / kBlockBytes * 2 * kBlockBytes + at % kBlockBytes;
+    store_half(blocks, _mm256_or_si256(first, _mm256_and_si256(low, mask)));
+    store_half(blocks + kBlockBytes, _mm256_or_si256(_mm256_andnot_si256(mask, high), second));
   }
 }
 
@@ -174,6 +191,10 @@ struct Avx2 {
         return decode_grid3(codes + column * 6, count / kBlock, tile);
       case Decode::kGrid4:
         return decode_grid4(codes + column * 8, count / kBlock, tile);
+      case Decode::kLayers:
+        return decode_layers(codes + column * 8,
+                             stage.lower + panel * stage.panel_bytes + column * 8, count / kBlock,
+                             tile);
       case Decode::kGrid8:
         return decode_tile_baseline(stage, panel, column, count, tile);
       default:
@@ -239,6 +260,7 @@ struct Avx2 {
 
 }  // namespace
 
-const MatrixOps matrix_ops_avx2 = {TileLoops<Avx2>::panels, Avx2::decode};
+const MatrixOps matrix_ops_avx2 = {
+    TileLoops<Avx2>::panels, Avx2::decode, {layered_largest, layered_estimate}};
 
 }  // namespace vq

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "matrix_layered.hpp"
 #include "matrix_tile.hpp"
 
 namespace vq {
@@ -78,6 +79,28 @@ struct Grid4 {
     const __m512i bytes = load_bytes(p);
     w[0] = _mm512_and_si512(bytes, mask);
     w[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+  }
+};
+
+// Two layers of four bits; codes lie in the upper one.
+struct Layers {
+  static constexpr int kBlocks = 1;
+  std::ptrdiff_t to_lower;
+  explicit Layers(const MatrixStage &stage) : to_lower(stage.lower - stage.codes) {}
+  static constexpr std::int64_t bytes() { return 64; }
+  void step(const std::uint8_t *p, __m512i *w) const {
+    const __m512i mask = _mm512_set1_epi8(15);
+    prefetch(p + to_lower);
+    const __m512i upper = load_bytes(p);
+    const __m512i lower = load_bytes(p + to_lower);
+    // mask ? lower : upper, with the nibble that is wanted brought there
+    w[0] = select(mask, lower, _mm512_slli_epi16(upper, 4));
+    w[1] = select(mask, _mm512_srli_epi16(lower, 4), upper);
+  }
+
+ private:
+  static __m512i select(__m512i mask, __m512i a, __m512i b) {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
   }
 };
 
@@ -391,6 +414,9 @@ inline bool decode_grid(const MatrixStage &stage, std::int32_t panel, std::int32
     case Decode::kGrid8:
       decode_pair(Grid8(stage), codes + column * 16, count, tile);
       return true;
+    case Decode::kLayers:
+      decode_pair(Layers(stage), codes + column * 8, count, tile);
+      return true;
     default:
       return false;
   }
@@ -507,6 +533,9 @@ inline bool multiply_grid(const MatrixJob &job, std::int32_t begin, std::int32_t
       return true;
     case Decode::kGrid8:
       multiply_any<Grid8>(job, begin, end);
+      return true;
+    case Decode::kLayers:
+      multiply_any<Layers>(job, begin, end);
       return true;
     default:
       return false;

@@ -446,6 +446,7 @@ void panels(const MatrixJob &job, std::int32_t begin, std::int32_t end) {
 
 }  // namespace
 
-const MatrixOps matrix_ops_avx512_vbmi = {panels, Vbmi::decode};
+const MatrixOps matrix_ops_avx512_vbmi = {
+    panels, Vbmi::decode, {layered_largest, layered_estimate}};
 
 }  // namespace vq

@@ -1,6 +1,7 @@
 // Portable tier: decodes every format with plain loops, and multiplies tiles with loops that
 // compilers turn into SSE2 or NEON code. No target flags; the other tiers borrow its decoder for
 // formats that they have no faster one for.
+#include "matrix_layered.hpp"
 #include "matrix_tile.hpp"
 
 namespace vq {
@@ -22,6 +23,19 @@ void decode_grid4(const std::uint8_t *codes, std::int32_t num_blocks, std::uint8
       const std::uint8_t byte = codes[block * kBlockBytes + i];
       tile[2 * block * kBlockBytes + i] = byte & 15u;
       tile[(2 * block + 1) * kBlockBytes + i] = static_cast<std::uint8_t>(byte >> 4);
+    }
+  }
+}
+
+void decode_layers(const std::uint8_t *upper, const std::uint8_t *lower, std::int32_t num_blocks,
+                   std::uint8_t *tile) {
+  for (std::int32_t block = 0; block < num_blocks; ++block) {
+    for (int i = 0; i < kBlockBytes; ++i) {
+      const std::uint32_t high = upper[block * kBlockBytes + i];
+      const std::uint32_t low = lower[block * kBlockBytes + i];
+      tile[2 * block * kBlockBytes + i] = static_cast<std::uint8_t>((high << 4) | (low & 15u));
+      tile[(2 * block + 1) * kBlockBytes + i] =
+          static_cast<std::uint8_t>((high & 0xf0u) | (low >> 4));
     }
   }
 }
@@ -188,6 +202,10 @@ void decode_tile_baseline(const MatrixStage &stage, std::int32_t panel, std::int
       return decode_grid4(codes + std::int64_t{column} * 8, blocks, tile);
     case Decode::kGrid8:
       return decode_grid8(codes + std::int64_t{column} * 16, blocks, tile);
+    case Decode::kLayers: {
+      const std::int64_t at = panel * stage.panel_bytes + std::int64_t{column} * 8;
+      return decode_layers(stage.codes + at, stage.lower + at, blocks, tile);
+    }
     case Decode::kTcq:
       return decode_tcq(stage, codes + std::int64_t{column} * 2 * stage.tcq->bits, blocks, tile);
     case Decode::kVqSmall:
@@ -197,6 +215,8 @@ void decode_tile_baseline(const MatrixStage &stage, std::int32_t panel, std::int
   }
 }
 
-const MatrixOps matrix_ops_baseline = {TileLoops<Baseline>::panels, decode_tile_baseline};
+const MatrixOps matrix_ops_baseline = {TileLoops<Baseline>::panels,
+                                       decode_tile_baseline,
+                                       {layered_largest, layered_estimate}};
 
 }  // namespace vq

@@ -11,6 +11,8 @@
 //         64 bytes, low nibbles = set 0, high = set 1. 2 bits: per 16 columns 64 bytes, bit pairs =
 //         (columns 0-7: set 0, set 1), (columns 8-15: set 0, set 1). 3 bits: per 32 columns 64 bytes
 //         of high bits (bit 2 * block + set), then the low two bits as for 2 bits.
+//   LAYERED  16 rows per panel, as GRID of 4 bits, twice: the upper four bits of all codes, behind
+//         them the lower ones.
 //   TCQ   16 rows per panel, likewise. Per 8 columns 16 * bits bytes of the columns' bit streams:
 //         up to 3 bits one frame of 16 rows (2 * bits bytes per column), else two frames of 8 rows
 //         (bits bytes per column). A state reaches back into the frame before, at most two bytes;
@@ -47,6 +49,7 @@ enum class Decode : std::int32_t {
   kTcq,
   kVqSmall,  // uint8 indices
   kVqLarge,  // uint16 indices
+  kLayers,   // 8 bits in two layers
   kCount
 };
 
@@ -73,6 +76,7 @@ struct MatrixStage {
   std::int32_t entry_bytes;  // VQ: 4, 8 or 16, at least vector_length
   std::int64_t panel_bytes;
   const std::uint8_t *codes;
+  const std::uint8_t *lower;      // LAYERED: lower four bits of the codes
   const std::uint8_t *table;      // VqSmall [2 * pairs][256]
   const std::uint8_t *entries;    // VQ [num_codes][entry_bytes]
   const float *lane_scales;       // VQ: [pairs][16]
@@ -99,6 +103,8 @@ struct MatrixPart {
   std::int32_t num_stages;
   const std::uint16_t *scales;  // binary16 [panel][group][16], not for VQ
   const std::uint8_t *zeros;    // [panel][group][16] or nullptr
+  const std::uint16_t *upper_scales;  // LAYERED: 16 * scales
+  const float *row_scales;            // LAYERED: scales, [panel][16]
   MatrixStage stages[kMaxStages];
 };
 
@@ -116,9 +122,26 @@ using MatrixPanelsFn = void (*)(const MatrixJob &job, std::int32_t begin, std::i
 using DecodeTileFn = void (*)(const MatrixStage &stage, std::int32_t panel, std::int32_t column,
                               std::int32_t count, std::uint8_t *tile);
 
+// Outputs of a LAYERED part for one row of activations, from the upper layer alone.
+struct LayeredRows {
+  float *y;
+  const float *scales;
+  std::int32_t count;
+  LayeredInput input;
+};
+
+struct LayeredOps {
+  // The row whose expected output is the largest; count > 0.
+  std::int32_t (*largest)(const LayeredRows &rows);
+  // Adds what is expected of the lower layer. Writes the panels of 16 rows in which an output may
+  // reach the threshold to panels [ceil(count / 16) + 1] and returns how many they are.
+  std::int32_t (*estimate)(const LayeredRows &rows, float threshold, std::int32_t *panels);
+};
+
 struct MatrixOps {
   MatrixPanelsFn panels;
   DecodeTileFn decode;
+  LayeredOps layered;
 };
 
 extern const MatrixOps matrix_ops_baseline;

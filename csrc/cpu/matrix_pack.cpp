@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "matrix_half.hpp"
 #include "rounding.hpp"
@@ -11,6 +12,8 @@ namespace vq {
 namespace {
 
 constexpr std::int32_t kMaxBits = 8;
+constexpr std::int32_t kLayerBits = 4;
+constexpr float kUpperStep = 16.0f;  // of the upper layer, in steps of the lower
 constexpr std::int32_t kMinTrellis = 10;
 constexpr std::int32_t kMaxTrellis = 16;
 constexpr std::int32_t kSmallCodes = 256;
@@ -30,7 +33,14 @@ bool is_grid(const vq_matrix_part &source) {
 }
 
 std::int32_t grid_bits(const vq_matrix_part &source) {
-  return source.kind == VQ_MATRIX_DENSE ? kMaxBits : source.bits;
+  switch (source.kind) {
+    case VQ_MATRIX_DENSE:
+      return kMaxBits;
+    case VQ_MATRIX_LAYERED:
+      return kLayerBits;
+    default:
+      return source.bits;
+  }
 }
 
 // ---- checks ----
@@ -49,6 +59,15 @@ std::int32_t check_grid(const vq_matrix_part &source, bool is_packed) {
     return VQ_ERR_SHAPE;
   }
   const bool needs_scales = source.kind == VQ_MATRIX_GRID;
+  const bool missing = source.codes == nullptr || (needs_scales && source.scales == nullptr);
+  return !is_packed && missing ? VQ_ERR_NULL : VQ_OK;
+}
+
+std::int32_t check_layered(const vq_matrix_part &source, bool is_packed) {
+  if (source.group_size != 0 || source.extends_columns != 0) {
+    return VQ_ERR_SHAPE;
+  }
+  const bool needs_scales = source.codes_are_bytes != 0;
   const bool missing = source.codes == nullptr || (needs_scales && source.scales == nullptr);
   return !is_packed && missing ? VQ_ERR_NULL : VQ_OK;
 }
@@ -170,6 +189,19 @@ void place_scales(const vq_matrix_part &source, MatrixPart &part, Pieces &pieces
   }
 }
 
+void place_layers(const vq_matrix_part &source, MatrixPart &part, Pieces &pieces) {
+  MatrixStage &stage = part.stages[0];
+  const std::int64_t rows = std::int64_t{part.num_panels} * kPairRows;
+  place_grid(source, part, pieces);
+  stage.decode = Decode::kLayers;
+  stage.zero = kCodeOffset;
+  stage.lower = pieces.take(stage.panel_bytes * part.num_panels + kReadAhead);
+  place_scales(source, part, pieces);
+  part.upper_scales = reinterpret_cast<const std::uint16_t *>(pieces.take(rows * 2));
+  part.row_scales =
+      reinterpret_cast<const float *>(pieces.take(rows * std::int64_t{sizeof(float)}));
+}
+
 // Components of an entry with its padding, so that entries can be loaded whole.
 std::int32_t entry_bytes(std::int32_t vector_length) {
   return vector_length <= 4 ? 4 : vector_length <= 8 ? 8 : kMaxVector;
@@ -226,6 +258,8 @@ void place(const vq_matrix_part &source, MatrixPart &part, Pieces &pieces) {
   if (is_grid(source)) {
     place_grid(source, part, pieces);
     place_scales(source, part, pieces);
+  } else if (source.kind == VQ_MATRIX_LAYERED) {
+    place_layers(source, part, pieces);
   } else if (source.kind == VQ_MATRIX_TCQ) {
     place_tcq(source, part, pieces);
     place_scales(source, part, pieces);
@@ -438,7 +472,7 @@ std::uint16_t group_scale(const vq_matrix_part &source, const MatrixPart &part, 
   if (row >= part.rows) {
     return 0;
   }
-  if (source.kind == VQ_MATRIX_DENSE) {
+  if (source.kind == VQ_MATRIX_DENSE || source.kind == VQ_MATRIX_LAYERED) {
     const std::int64_t columns = std::int64_t{part.segment} * part.segments_per_group;
     const std::int64_t end = std::min<std::int64_t>(part.in_features, (group + 1) * columns);
     return float_to_half(dense_scale(source, row, group * columns, end));
@@ -512,6 +546,57 @@ void fill_dense(const vq_matrix_part &source, const MatrixPart &part) {
     for (std::int32_t column = 0; column < part.columns; column += kChunkColumns) {
       write_dense_chunk(source, part, panel, column, out + std::int64_t{column} * kPairRows);
     }
+  }
+}
+
+// Codes 0..255 of a row; padding is left alone.
+void read_row_codes(const vq_matrix_part &source, const MatrixPart &part, std::int64_t row,
+                    std::uint8_t *codes) {
+  if (source.codes_are_bytes != 0) {
+    const auto *from = static_cast<const std::uint8_t *>(source.codes) + row * part.in_features;
+    std::transform(from, from + part.in_features, codes,
+                   [](std::uint8_t code) { return static_cast<std::uint8_t>(code ^ 0x80u); });
+    return;
+  }
+  const float scale = part.row_scales[row];
+  for (std::int32_t column = 0; column < part.in_features; column += kChunkColumns) {
+    const std::int32_t count = std::min(kChunkColumns, part.in_features - column);
+    float values[kChunkColumns] = {};
+    std::uint8_t chunk[kChunkColumns];
+    read_dense(source, row, column, count, values);
+    round_codes(values, scale > 0.0f ? 1.0f / scale : 0.0f, chunk);
+    std::copy_n(chunk, count, codes + column);
+  }
+}
+
+// Four bits of the codes of row `lane`, from bit `from` on, into a panel of a layer.
+void write_layer(const std::uint8_t *codes, int from, std::int32_t columns, std::int32_t lane,
+                 std::uint8_t *panel) {
+  const int to = lane / kBlock * kLayerBits;
+  for (std::int32_t column = 0; column < columns; column += kBlock) {
+    std::uint8_t *out = panel + column / kBlock * kBlockBytes + lane % kBlock * kBlock;
+    for (int c = 0; c < kBlock; ++c) {
+      out[c] = static_cast<std::uint8_t>(out[c] | (((codes[column + c] >> from) & 15u) << to));
+    }
+  }
+}
+
+void fill_layers(const vq_matrix_part &source, const MatrixPart &part) {
+  const MatrixStage &stage = part.stages[0];
+  auto *scales = reinterpret_cast<std::uint16_t *>(writable(part.scales));
+  auto *upper_scales = reinterpret_cast<std::uint16_t *>(writable(part.upper_scales));
+  auto *row_scales = reinterpret_cast<float *>(writable(part.row_scales));
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(part.columns));
+  for (std::int64_t row = 0; row < part.rows; ++row) {
+    const bool has_scales = source.codes_are_bytes != 0;
+    scales[row] = has_scales ? source.scales[row] : group_scale(source, part, row, 0);
+    row_scales[row] = half_to_float(scales[row]);
+    upper_scales[row] = float_to_half(kUpperStep * row_scales[row]);
+    read_row_codes(source, part, row, codes.data());
+    const auto lane = static_cast<std::int32_t>(row % kPairRows);
+    const std::int64_t panel = row / kPairRows * stage.panel_bytes;
+    write_layer(codes.data(), kLayerBits, part.columns, lane, writable(stage.codes) + panel);
+    write_layer(codes.data(), 0, part.columns, lane, writable(stage.lower) + panel);
   }
 }
 
@@ -619,6 +704,8 @@ std::int32_t check_part(const vq_matrix_part &source, bool is_packed) {
     case VQ_MATRIX_GRID:
     case VQ_MATRIX_DENSE:
       return check_grid(source, is_packed);
+    case VQ_MATRIX_LAYERED:
+      return check_layered(source, is_packed);
     case VQ_MATRIX_TCQ:
       return check_tcq(source, is_packed);
     case VQ_MATRIX_VQ:
@@ -652,6 +739,10 @@ void fill_part(const vq_matrix_part &source, std::uint8_t *memory, const PackedP
       fill_codebook(source, s, part.stages[s]);
       fill_indices(source, s, part);
     }
+    return;
+  }
+  if (source.kind == VQ_MATRIX_LAYERED) {
+    fill_layers(source, part);
     return;
   }
   fill_scales(source, part);

@@ -99,6 +99,11 @@ typedef struct vq_decode_batch {
   const int32_t *starts;        /* [num_chunks] */
   const int32_t *num_logits;    /* [num_chunks] */
   float *logits;                /* [num_logit_rows][vocab_size] */
+  /* [num_chunks]; n > 0: only the largest of every token's first n logits is wanted, bit for bit, and
+   * no other of them above it. With a LAYERED head the others may then come from the upper four bits
+   * of its weights; the largest is among those with a probability of 3e-7. 0: all are wanted. NULL: 0
+   * for all chunks. */
+  const int32_t *largest_of;
 } vq_decode_batch;
 
 /* Operation classes: each includes what stands before its matrix (norm, activation function,

@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* Raised by one whenever a struct, a layout or the meaning of an argument changes. */
-#define VQ_ABI_VERSION 3
+#define VQ_ABI_VERSION 4
 
 enum {
   VQ_MAX_FEATURES = 1 << 24, /* bound on in_features, out_features and batch */
@@ -99,6 +99,7 @@ enum {
   VQ_MATRIX_DENSE = 1, /* floats, rounded to 8 bits here; scale = largest / 127, in binary16 */
   VQ_MATRIX_TCQ = 2,   /* trellis states along the outputs, values from a table of 256 */
   VQ_MATRIX_VQ = 3,    /* vectors along the outputs, one or two codebooks */
+  VQ_MATRIX_LAYERED = 4, /* 8 bits in two layers of 4, for the head of a decoder */
   VQ_MATRIX_MAX_PARTS = 4096,
   VQ_MATRIX_MAX_CODES = 65536
 };
@@ -121,7 +122,11 @@ enum {
  *        (trellis_bits - 8)] * scales[g][r]. scales: binary16 [G][out]; table: int8 [256].
  * VQ     indices: uint16 [ceil(out / vector_length)][in] per stage; index i stands for the
  *        vector_length (1..16) outputs from vector_length * row on. codebooks: binary16
- *        [num_codes][vector_length] per stage; rounded to int8, one scale per component. */
+ *        [num_codes][vector_length] per stage; rounded to int8, one scale per component.
+ * LAYERED  codes: floats as DENSE; or, with codes_are_bytes, int8 [out][in] and scales binary16
+ *        [out]. One group; the only part of its matrix. Products are those of DENSE. The upper four
+ *        bits of all codes lie before the lower ones, so that a decoder can do without most of those
+ *        (vqdecoder.h). */
 typedef struct vq_matrix_part {
   int32_t kind;
   int32_t in_features;

@@ -85,6 +85,18 @@ Layer make_grid(std::int32_t bits, std::int32_t out, std::int32_t in, std::mt199
   return layer;
 }
 
+Layer make_layered(std::int32_t out, std::int32_t in, std::mt19937 &random) {
+  Layer layer = start_layer(VQ_MATRIX_LAYERED, out, in);
+  layer.name = "layered";
+  Stage stage{{}, std::vector<float>(static_cast<std::size_t>(out), 0.0078125f)};
+  for (std::int32_t i = 0; i < out * in; ++i) {
+    layer.codes.push_back(static_cast<std::uint8_t>(random()));
+    stage.steps.push_back(static_cast<std::int8_t>(layer.codes.back()));
+  }
+  layer.stages.push_back(stage);
+  return layer;
+}
+
 Layer make_tcq(std::int32_t bits, std::int32_t out, std::int32_t in, std::mt19937 &random) {
   constexpr std::int32_t kTrellis = 12;
   Layer layer = start_layer(VQ_MATRIX_TCQ, out, in);
@@ -236,6 +248,7 @@ void test_formats(vq_pool *pool) {
     for (const std::int32_t bits : {2, 3, 4, 8}) {
       layers.push_back(make_grid(bits, shape[0], shape[1], random));
     }
+    layers.push_back(make_layered(shape[0], shape[1], random));
     for (std::int32_t bits = 1; bits <= 5; ++bits) {
       layers.push_back(make_tcq(bits, shape[0], shape[1], random));
     }

@@ -158,6 +158,7 @@ class BatchStruct(ctypes.Structure):
         ("starts", ctypes.c_void_p),
         ("num_logits", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("largest_of", ctypes.c_void_p),
     )
 
 
@@ -287,11 +288,18 @@ class DecodeChunk(Protocol):
         """After how many of the last tokens logits are wanted."""
         ...
 
+    @property
+    def largest_of(self) -> int:
+        """n > 0: only the largest of every token's first n logits is wanted, as exact as ever, and
+        no other of them above it. With a head of `LayeredWeights` the others may then come from the
+        upper four bits of their weights; the largest is among those with a probability of 3e-7."""
+        ...
+
 
 class DecodeBatch:
     """Chunks of sequences as ``vq_decode_batch`` wants them.
 
-    All its numbers lie in one array: making six of numpy's takes longer than a draw of a token.
+    All its numbers lie in one array: making seven of numpy's takes longer than a draw of a token.
 
     Attributes:
         num_logits: of all chunks.
@@ -312,7 +320,9 @@ class DecodeBatch:
         wanted = [chunk.num_logits for chunk in chunks]
         self.num_logits = sum(wanted)
         self._num_chunks = len(chunks)
-        runs = tokens, token_offsets, pages, page_offsets, [c.start for c in chunks], wanted
+        starts = [chunk.start for chunk in chunks]
+        largest_of = [chunk.largest_of for chunk in chunks]
+        runs = tokens, token_offsets, pages, page_offsets, starts, wanted, largest_of
         self._lengths = [len(run) for run in runs]
         self._values = array("i", itertools.chain(*runs))
 
@@ -320,8 +330,8 @@ class DecodeBatch:
         """For the native call, which writes to the address `logits`; valid while this lives."""
         begin, _ = self._values.buffer_info()
         begins = itertools.accumulate(self._lengths[:-1], initial=0)
-        addresses = (begin + self._values.itemsize * at for at in begins)
-        return BatchStruct(self._num_chunks, self.num_logits, *addresses, logits)
+        *addresses, flags = (begin + self._values.itemsize * at for at in begins)
+        return BatchStruct(self._num_chunks, self.num_logits, *addresses, logits, flags)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from vqkernels.errors import (
     ShapeError,
 )
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 _SUFFIX: Final = ".dylib" if sys.platform == "darwin" else ".so"
 LIBRARY_NAME: Final = f"libvqkernels_cpu{_SUFFIX}"
 BUILD_INFO_NAME: Final = "_build_info.json"

@@ -13,6 +13,7 @@ from vqkernels.loader import Signatures, declare, load_library
 from vqkernels.matrix_weights import (
     DenseWeights,
     GridWeights,
+    LayeredWeights,
     TcqWeights,
     Transform,
     VqColumns,
@@ -24,6 +25,7 @@ KIND_GRID: Final = 0
 KIND_DENSE: Final = 1
 KIND_TCQ: Final = 2
 KIND_VQ: Final = 3
+KIND_LAYERED: Final = 4
 
 _I32 = ctypes.c_int32
 _PTR = ctypes.c_void_p
@@ -113,7 +115,7 @@ def part_structs(weights: Weights, arrays: Arrays) -> list[PartStruct]:
 
 
 def _part_struct(
-    weights: GridWeights | DenseWeights | TcqWeights | VqWeights, arrays: Arrays
+    weights: GridWeights | DenseWeights | LayeredWeights | TcqWeights | VqWeights, arrays: Arrays
 ) -> PartStruct:
     part = PartStruct(out_features=weights.out_features, in_features=weights.in_features)
     if isinstance(weights, GridWeights):
@@ -123,6 +125,12 @@ def _part_struct(
         part.group_size = weights.group_size
         part.weights_are_half = int(weights.weight.dtype.itemsize == 2)
         part.codes = arrays.address(weights.weight)
+    elif isinstance(weights, LayeredWeights):
+        part.kind = KIND_LAYERED
+        part.weights_are_half = int(weights.weight.dtype.itemsize == 2)
+        part.codes_are_bytes = int(weights.weight.dtype.itemsize == 1)
+        part.codes = arrays.address(weights.weight)
+        part.scales = arrays.address(weights.scales)
     elif isinstance(weights, TcqWeights):
         _fill_tcq(part, weights, arrays)
     else:

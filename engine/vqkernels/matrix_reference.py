@@ -16,6 +16,7 @@ from vqkernels.matrix_weights import (
     WORD_BITS,
     DenseWeights,
     GridWeights,
+    LayeredWeights,
     TcqWeights,
     Transform,
     VqColumns,
@@ -64,13 +65,15 @@ def quantize_activations(x: Floats) -> QuantizedActivations:
 
 
 def stages(
-    weights: GridWeights | DenseWeights | TcqWeights | VqWeights,
+    weights: GridWeights | DenseWeights | LayeredWeights | TcqWeights | VqWeights,
 ) -> Iterator[tuple[Steps, Floats, int]]:
     """Integer weights int32 (out, in), scales float32 (groups, out) and columns per group."""
     if isinstance(weights, GridWeights):
         yield _grid_stage(weights)
     elif isinstance(weights, DenseWeights):
         yield _dense_stage(weights)
+    elif isinstance(weights, LayeredWeights):
+        yield _layered_stage(weights)
     elif isinstance(weights, TcqWeights):
         values = weights.table[tcq_indices(weights)].astype(np.int32)
         yield values, weights.scales.astype(np.float32), _group_columns(weights)
@@ -190,6 +193,13 @@ def _grid_stage(weights: GridWeights) -> tuple[Steps, Floats, int]:
     if weights.zeros is not None:
         zeros = weights.zeros.astype(np.int32)[group]
     return (codes.astype(np.int32) - zeros).T, weights.scales.astype(np.float32), columns
+
+
+def _layered_stage(weights: LayeredWeights) -> tuple[Steps, Floats, int]:
+    if weights.scales is None:
+        return _dense_stage(DenseWeights(weights.weight))
+    scales = weights.scales.astype(np.float32)[None]
+    return weights.weight.astype(np.int32), scales, weights.in_features
 
 
 def _dense_stage(weights: DenseWeights) -> tuple[Steps, Floats, int]:

@@ -99,6 +99,40 @@ class DenseWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class LayeredWeights:
+    """8-bit weights in two layers of four bits, for the output head of a decoder.
+
+    Products are those of `DenseWeights`. A decoder that is asked for the largest logit reads the
+    lower layer only where that may be; see `DecodeChunk.largest_of`. Alone in its matrix.
+
+    Attributes:
+        weight: (out, in) float32 or float16, rounded to 8 bits with one binary16 scale per row; or
+            int8 codes.
+        scales: float16 (out,), of int8 codes; else None.
+    """
+
+    weight: Array
+    scales: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.scales is None:
+            check_array("weight", self.weight, (np.float32, np.float16), 2)
+            if not _is_finite(self.weight):
+                raise NonFiniteError("weight holds NaN or infinity")
+            return
+        check_array("weight", self.weight, (np.int8,), 2)
+        check_scales(self.scales[None], 1, self.out_features)
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
 class TcqWeights:
     """Trellis-coded weights: one bit stream per input column along the outputs.
 
@@ -230,7 +264,7 @@ class VqColumns:
         return self.parts[0].out_features
 
 
-Weights = GridWeights | DenseWeights | TcqWeights | VqWeights | VqColumns
+Weights = GridWeights | DenseWeights | LayeredWeights | TcqWeights | VqWeights | VqColumns
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from vqkernels.matrix_weights import (
     DenseWeights,
     GridWeights,
+    LayeredWeights,
     TcqWeights,
     VqColumns,
     VqWeights,
@@ -51,6 +52,21 @@ def dense(group_size: int = 0, dtype: Any = np.float32) -> Maker:
         weight = np.random.default_rng(seed).standard_normal((out, columns)) * 0.05
         weight[0] = 0.0
         return DenseWeights(weight.astype(dtype), group_size)
+
+    return make
+
+
+def layered(dtype: Any = np.float32) -> Maker:
+    """As `dense`, or with random codes and scales for int8."""
+
+    def make(out: int, columns: int, seed: int) -> Weights:
+        if np.dtype(dtype) != np.int8:
+            weights = dense(0, dtype)(out, columns, seed)
+            assert isinstance(weights, DenseWeights)
+            return LayeredWeights(weights.weight)
+        random = np.random.default_rng(seed)
+        codes = random.integers(-128, 128, (out, columns), dtype=np.int8)
+        return LayeredWeights(codes, halves(random, out))
 
     return make
 

@@ -84,7 +84,8 @@ class BenchRow:
         decode_tok_s: batch size over the median step.
         prefill_tok_s: prompt length over the median prefill.
         cold_ms: median step after 256 MiB of other memory were read.
-        bytes_per_token: weights and cached keys and values that a step reads, of all sequences.
+        bytes_per_token: weights and cached keys and values that a step reads, of all sequences;
+            without the lower half of the output head where greedy draws read only parts of it.
         ceiling_gb_s: speed of reading memory in this run, its 90th percentile: the ceiling is what
             the memory can do, not what it did while others loaded it.
         ceiling_fraction: speed of a cold step relative to the reads just before it, median: nothing
@@ -178,6 +179,8 @@ class EngineContender(Contender):
             mean_length = config.prompt_length + config.num_tokens // 2
             cached = config.batch_size * mean_length * self._native.token_bytes
             self.bytes_per_token = self._native.weight_bytes + cached
+            if config.temperature == 0.0 and config.batch_size == 1:
+                self.bytes_per_token -= self._native.spared_bytes
             self.threads = self._native.num_threads
         self._temperature = config.temperature
         self._names: list[str] = []

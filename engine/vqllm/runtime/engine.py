@@ -257,6 +257,7 @@ class Engine:
             max_tokens_per_step=self.config.max_tokens_per_step,
             context_length=self.context_length,
             has_fixed_chunks=not self._paged.can_cut_anywhere,
+            vocab_size=min(self._tokenizer.vocab_size, self.executor.vocab_size),
             draft=self.config.draft,
         )
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vqkernels.closing import Closing
 from vqkernels.matrix import Matrix, aligned_empty, packed_size
-from vqkernels.matrix_weights import DenseWeights, GridWeights, Transform, Weights
+from vqkernels.matrix_weights import LayeredWeights, Transform, Weights
 from vqllm.checkpoint import HEAD, Checkpoint
 from vqllm.runtime.native_weights import packable
 
@@ -78,18 +78,13 @@ class MatrixPacker(Closing):
     def _pack_head(self, name: str) -> Matrix:
         store, coded = self._checkpoint.store, self._checkpoint.embedding_codes(name)
         if coded is not None:
-            return self._place(_coded_table(*coded))
+            codes, scales = coded
+            return self._place(LayeredWeights(codes, scales.astype(np.float16)))
         if name in store and store.dtype(name) == "F16":
-            return self._place(DenseWeights(store.raw(name)))
+            return self._place(LayeredWeights(store.raw(name)))
         is_untied = name == HEAD
         table = self._checkpoint.head() if is_untied else self._checkpoint.embedding()
-        return self._place(DenseWeights(table))
+        return self._place(LayeredWeights(table))
 
     def _place(self, weights: Weights, transform: Transform | None = None) -> Matrix:
         return Matrix(weights, transform, self._arena.take(packed_size(weights)))
-
-
-def _coded_table(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> GridWeights:
-    """int8 codes (vocab, d) with a scale per row, as the same weights on a grid of 8 bits."""
-    shifted = np.ascontiguousarray((codes.view(np.uint8) ^ np.uint8(0x80)).T)
-    return GridWeights(shifted, scales.astype(np.float16)[None], bits=8, group_size=0)

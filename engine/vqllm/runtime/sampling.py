@@ -87,6 +87,12 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def is_argmax(self) -> bool:
+        """Whether a draw is the largest logit as it is, and no other is reported."""
+        is_plain = self.logprobs is None and not self.logit_bias and not self.has_penalties
+        return self.is_greedy and is_plain
+
+    @property
     def has_penalties(self) -> bool:
         return (
             self.repetition_penalty != 1.0

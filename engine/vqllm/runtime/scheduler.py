@@ -26,12 +26,14 @@ class SchedulerConfig:
     Attributes:
         has_fixed_chunks: prompts are cut at multiples of `max_tokens_per_step` alone, never at
             what the others left of a step, which may then take up to twice as many tokens.
+        vocab_size: logits that tokens are drawn from, the first ones; 0 if not known.
     """
 
     max_num_sequences: int
     max_tokens_per_step: int
     context_length: int
     has_fixed_chunks: bool = False
+    vocab_size: int = 0
     draft: DraftConfig = field(default_factory=DraftConfig)
 
     def __post_init__(self) -> None:
@@ -179,7 +181,9 @@ class Scheduler:
         is_last = num_tokens == scheduled.num_pending
         tokens = [*scheduled.sequence.tokens(start, start + num_tokens), *drafts]
         num_logits = 1 + len(drafts) if is_last else 0
-        return Work(scheduled, Chunk(tuple(scheduled.pages), start, tokens, num_logits), drafts)
+        largest_of = self.config.vocab_size if scheduled.sequence.params.is_argmax else 0
+        chunk = Chunk(tuple(scheduled.pages), start, tokens, num_logits, largest_of)
+        return Work(scheduled, chunk, drafts)
 
     def _drafts(self, scheduled: Scheduled, limit: int) -> tuple[int, ...]:
         sequence, config = scheduled.sequence, self.config

@@ -30,7 +30,7 @@ from vqkernels.decoder import (
     read_all,
 )
 from vqkernels.matrix import Matrix, aligned_empty
-from vqkernels.matrix_weights import GridWeights, Transform
+from vqkernels.matrix_weights import GridWeights, LayeredWeights, Transform
 
 Floats = npt.NDArray[np.float32]
 
@@ -201,6 +201,7 @@ class Chunk:
     start: int
     token_ids: Sequence[int]
     num_logits: int
+    largest_of: int = 0
 
 
 def batch_of(*chunks: tuple[Sequence[int], int, Sequence[int], int]) -> DecodeBatch:
@@ -312,6 +313,83 @@ def test_every_tier_gives_the_same_bits() -> None:
                 found.append(score(world, replace(CONFIG, exact=False, kv_bits=kv_bits)))
         for logits in found[1:]:
             np.testing.assert_array_equal(logits, found[0])
+
+
+WIDE = 3000
+
+
+def wide_world(seed: int) -> tuple[DecoderConfig, DecoderWeights]:
+    """A decoder whose head has two layers, and more rows than a thread deals out at once."""
+    random = np.random.default_rng(seed)
+    table = random.standard_normal((WIDE, HIDDEN)).astype(np.float32)
+    head = random.standard_normal((WIDE, HIDDEN)).astype(np.float32)
+    weights = make_world(seed).weights
+    weights = replace(weights, embedding=table, head=Matrix(LayeredWeights(head)))
+    return replace(CONFIG, vocab_size=WIDE, exact=False), weights
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("largest_of", [WIDE, WIDE - 1, 1700, 16, 5, 1])
+def test_the_largest_logit_is_exact_and_the_largest(largest_of: int, num_threads: int) -> None:
+    for seed in range(4):
+        config, weights = wide_world(seed)
+        with ThreadPool(num_threads) as pool, Decoder(config, weights) as decoder:
+            for count in range(1, 9):
+                chunk = Chunk(PAGES, 0, TOKENS[:count], 1)
+                whole = decoder.step(DecodeBatch([chunk]), pool)[0]
+                batch = DecodeBatch([replace(chunk, largest_of=largest_of)])
+                found = decoder.step(batch, pool)[0]
+                best = int(whole[:largest_of].argmax())
+                assert int(found[:largest_of].argmax()) == best
+                assert found[best] == whole[best]
+                is_whole = found == whole
+                if largest_of == WIDE:
+                    assert is_whole.any()
+                    assert not is_whole.all()
+                assert np.corrcoef(found, whole)[0, 1] > 0.98
+                assert np.abs(np.mean(found - whole)) < 0.05 * whole.std()
+
+
+def test_estimates_are_the_same_in_every_tier_and_with_any_threads() -> None:
+    config, weights = wide_world(0)
+    batch = DecodeBatch([Chunk(PAGES, 0, TOKENS[:5], 1, WIDE)])
+    found = []
+    for isa in supported_isas():
+        for num_threads in (1, 3):
+            with (
+                forced_isa(isa),
+                ThreadPool(num_threads) as pool,
+                Decoder(config, weights) as decoder,
+            ):
+                found.append(decoder.step(batch, pool))
+    # Which outputs the threads try first decides how many others are in question.
+    for logits in found[1:]:
+        assert logits.argmax() == found[0].argmax()
+        assert logits.max() == found[0].max()
+    for logits in found[2::2]:
+        np.testing.assert_array_equal(logits, found[0])
+
+
+def test_logits_are_whole_where_several_tokens_or_all_are_wanted() -> None:
+    config, weights = wide_world(1)
+    with Decoder(config, weights) as decoder:
+        whole = decoder.step(batch_of((PAGES, 0, TOKENS, 3)))
+        batch = DecodeBatch([Chunk(PAGES, 0, TOKENS, 3, WIDE)])
+        np.testing.assert_array_equal(decoder.step(batch), whole)
+        company = Chunk([9, 10, 11], 0, TOKENS, 1)
+        batch = DecodeBatch([Chunk(PAGES, 0, TOKENS, 1, WIDE), company])
+        np.testing.assert_array_equal(decoder.step(batch), whole[[2, 2]])
+    with Decoder(replace(config, exact=True), weights) as decoder:
+        whole = decoder.step(batch_of((PAGES, 0, TOKENS, 1)))
+        batch = DecodeBatch([Chunk(PAGES, 0, TOKENS, 1, WIDE)])
+        np.testing.assert_array_equal(decoder.step(batch), whole)
+
+
+@pytest.mark.parametrize("largest_of", [-1, WIDE + 1])
+def test_there_is_no_largest_of_logits_that_do_not_exist(largest_of: int) -> None:
+    config, weights = wide_world(0)
+    with Decoder(config, weights) as decoder, pytest.raises(ShapeError):
+        decoder.step(DecodeBatch([Chunk(PAGES, 0, TOKENS, 1, largest_of)]))
 
 
 def test_a_copied_page_is_a_sequence_of_its_own() -> None:

@@ -29,13 +29,14 @@ from vqkernels.matrix import Matrix, aligned_empty, matmul, packed_size
 from vqkernels.matrix_weights import (
     DenseWeights,
     GridWeights,
+    LayeredWeights,
     TcqWeights,
     Transform,
     VqColumns,
     VqWeights,
     Weights,
 )
-from vqkernels.synthetic import Maker, beside, dense, grid, halves, tcq, vq
+from vqkernels.synthetic import Maker, beside, dense, grid, halves, layered, tcq, vq
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -54,6 +55,9 @@ FORMATS: dict[str, Maker] = {
     "grid8-asymmetric": grid(8, 256, asymmetric=True),
     "dense": dense(),
     "dense-half-64": dense(64, np.float16),
+    "layered": layered(),
+    "layered-half": layered(np.float16),
+    "layered-codes": layered(np.int8),
     "tcq1": tcq(1),
     "tcq2": tcq(2),
     "tcq2-64": tcq(2, num_levels=64),
@@ -173,6 +177,7 @@ def test_extreme_sums_stay_exact(name: str, sign: float) -> None:
     extreme: dict[type, Callable[[Any], object]] = {
         GridWeights: lambda w: w.codes.fill((1 << w.bits) - 1),
         DenseWeights: lambda w: w.weight.fill(1.0),
+        LayeredWeights: lambda w: w.weight.fill(-128 if w.weight.dtype == np.int8 else -1.0),
         TcqWeights: lambda w: w.table.fill(-128),
         VqWeights: lambda w: w.codebooks[0].fill(1.0),
         VqColumns: lambda w: [part.codebooks[0].fill(1.0) for part in w.parts],
@@ -255,7 +260,7 @@ def test_threads_change_nothing(isa: Isa, num_threads: int) -> None:
 
 def test_batch_rows_are_independent(isa: Isa) -> None:
     made = [make(40, 300, 3) for make in FORMATS.values()]
-    whole = [weights for weights in made if not isinstance(weights, VqColumns)]
+    whole = [weights for weights in made if not isinstance(weights, VqColumns | LayeredWeights)]
     matrix = Matrix(whole)
     x = normal(9, 300)
     together = matmul(matrix, x)
@@ -399,6 +404,10 @@ VECTORS = VqWeights((INDICES,), (CODEBOOK,), 8)
         (lambda: GridWeights([0], SCALES), DtypeError, "codes is a list"),  # type: ignore[arg-type]
         (lambda: GridWeights(CODES, SCALES, CODES), ShapeError, r"zeros has shape \(64, 8\)"),
         (lambda: DenseWeights(np.full((2, 2), np.nan, np.float32)), NonFiniteError, "weight"),
+        (lambda: LayeredWeights(np.full((2, 2), np.inf, np.float32)), NonFiniteError, "weight"),
+        (lambda: LayeredWeights(CODES.view(np.int8)), DtypeError, "weight has dtype int8"),
+        (lambda: LayeredWeights(CODES.view(np.int8), SCALES[0]), ShapeError, "scales has shape"),
+        (lambda: LayeredWeights(SCALES, SCALES[0]), DtypeError, "weight has dtype float16"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 2, 8), LayoutError, "bits 8"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 2, 2), LayoutError, "multiplier is 2"),
         (lambda: TcqWeights(CODES, SCALES, TABLE, 3, 2), ShapeError, r"codes has shape \(64, 8\)"),
@@ -416,6 +425,24 @@ def test_bad_weights_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_layers_are_dense_weights_by_another_layout() -> None:
+    weight = normal(70, 300, seed=3)
+    layers, dense = LayeredWeights(weight), DenseWeights(weight)
+    x = normal(9, 300)
+    for tier in supported_isas():
+        with forced_isa(tier):
+            for batch in (1, 2, 9):
+                found, expected = (matmul(Matrix(w), x[:batch]) for w in (layers, dense))
+                np.testing.assert_array_equal(bits(found), bits(expected), tier.name)
+
+
+def test_layers_do_not_stack() -> None:
+    layers = layered()(16, 64, 1)
+    for parts in ([layers, layers], [grid(4)(16, 64, 1), layers]):
+        with pytest.raises(ShapeError):
+            Matrix(parts)
 
 
 def test_a_permutation_must_be_one() -> None:

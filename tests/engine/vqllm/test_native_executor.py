@@ -325,6 +325,20 @@ def test_every_tier_gives_the_same_bits(checkpoint: Checkpoint) -> None:
         np.testing.assert_array_equal(logits, found[0])
 
 
+def test_greedy_answers_are_those_of_whole_logits(checkpoint: Checkpoint) -> None:
+    executor = NativeExecutor(checkpoint, 128, 1, 2)
+    pages = list(range(executor.num_pages))
+    token, other = TOKENS[0], TOKENS[0]
+    for position in range(60):
+        vocab_size = executor.vocab_size
+        logits = executor.step([Chunk(pages, position, [token], 1, vocab_size)])[0].copy()
+        whole = executor.step([Chunk(pages, position, [other], 1)])[0]
+        token, other = int(logits.argmax()), int(whole.argmax())
+        assert token == other
+        assert logits[token] == whole[token]
+    assert 0 < executor.spared_bytes < executor.weight_bytes / 2
+
+
 def test_prompts_and_answers_share_a_step(checkpoint: Checkpoint) -> None:
     executor = NativeExecutor(checkpoint, 128, 4, 2)
     expected = executor.score(TOKENS), executor.score(OTHER)

@@ -1,5 +1,7 @@
 """Choosing tokens from logits."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,24 @@ def test_values_outside_their_range_are_named(field: str, value: object) -> None
 
 def test_temperature_zero_takes_the_most_probable_token() -> None:
     assert Sampler(SamplingParams(temperature=0)).choose(LOGITS, [], []) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.0, "top_p": 0.5, "top_k": 3}, True),  # ignored by greedy draws
+        ({"temperature": 0.7}, False),
+        ({"temperature": 0.0, "logprobs": 0}, False),
+        ({"temperature": 0.0, "logit_bias": ((3, 1.0),)}, False),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, False),
+        ({"temperature": 0.0, "presence_penalty": -0.5}, False),
+    ],
+)
+def test_only_plain_greedy_draws_need_the_largest_logit_alone(
+    values: dict[str, Any], expected: bool
+) -> None:
+    assert SamplingParams(**values).is_argmax is expected
 
 
 def test_the_coldest_temperature_is_greedy() -> None:

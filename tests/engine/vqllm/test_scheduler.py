@@ -42,12 +42,14 @@ class HistoryExecutor(PagedExecutor):
         self.memory = np.full((num_pages, PAGE_SIZE), -1, dtype=np.int64)
         self.num_tokens = 0
         self.largest_step = 0
+        self.largest_of: list[int] = []
 
     def step(self, chunks: Sequence[Chunk]) -> Logits:
         rows = []
         sizes = [len(chunk.token_ids) for chunk in chunks]
         self.num_tokens += sum(sizes)
         self.largest_step = max(self.largest_step, sum(sizes))
+        self.largest_of += [chunk.largest_of for chunk in chunks]
         for chunk in chunks:
             stop = chunk.start + len(chunk.token_ids)
             for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
@@ -229,6 +231,16 @@ def test_where_a_prompt_is_cut_may_not_depend_on_the_others() -> None:
     expected = {first: [0, 6, 12, 15 - first] for first in range(3)} | {3: [0, 6, 12]}
     assert executor.cuts == expected
     assert executor.largest_step < 2 * 6
+
+
+def test_the_executor_is_told_how_many_logits_a_greedy_draw_looks_at() -> None:
+    engine, executor = make_engine(num_pages=20)
+    engine.add("greedy", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=1))
+    engine.step()
+    engine.add("drawn", [1, 2, 3], SamplingParams(temperature=0.5, max_tokens=1))
+    engine.step()
+    assert executor.largest_of == [VOCABULARY, 0]
+    assert not engine.has_work
 
 
 def test_guesses_save_steps_and_change_nothing() -> None:

@@ -87,6 +87,8 @@ class NativeExecutor(Executor, PagedExecutor):
     Attributes:
         num_threads: that share a step.
         weight_bytes: packed weights that one token reads.
+        spared_bytes: of them, what is read only in part where the largest logit is all that a
+            step of one token wants: the lower four bits of the output head.
 
     Either a scheduler owns the pages and calls `step`, or a caller uses `allocate`, `prefill` and
     `decode`, which keep every sequence on pages of its own; not both at once.
@@ -124,6 +126,7 @@ class NativeExecutor(Executor, PagedExecutor):
         self.num_threads = num_threads
         weights = _load_weights(checkpoint, context_length, num_threads)
         self.weight_bytes = _packed_bytes(weights)
+        self.spared_bytes = 0 if options.is_exact else weights.head.in_features * self.vocab_size // 2
         self._decoder = Decoder(_decoder_config(checkpoint.config, limits, options), weights)
         checkpoint.store.release()  # all but the embedding is packed by now
         self._logits = np.empty((max_num_sequences, self.vocab_size), dtype=np.float32)

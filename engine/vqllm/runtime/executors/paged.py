@@ -25,12 +25,15 @@ class Chunk:
         start: position of the first new token; all earlier positions are computed already.
         token_ids: the new tokens, at least one.
         num_logits: after how many of the last tokens logits are wanted, 0 to len(token_ids).
+        largest_of: n > 0 where only the largest of every token's first n logits matters; the
+            executor may then take less care with the others, but none comes out above it.
     """
 
     pages: Sequence[int]
     start: int
     token_ids: Sequence[int]
     num_logits: int = 1
+    largest_of: int = 0
 
 
 class PagedExecutor(ABC):
