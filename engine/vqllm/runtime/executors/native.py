@@ -126,7 +126,8 @@ class NativeExecutor(Executor, PagedExecutor):
         self.num_threads = num_threads
         weights = _load_weights(checkpoint, context_length, num_threads)
         self.weight_bytes = _packed_bytes(weights)
-        self.spared_bytes = 0 if options.is_exact else weights.head.in_features * self.vocab_size // 2
+        half_of_head = checkpoint.config.vocab_size * checkpoint.config.hidden_size // 2
+        self.spared_bytes = 0 if options.is_exact else half_of_head
         self._decoder = Decoder(_decoder_config(checkpoint.config, limits, options), weights)
         checkpoint.store.release()  # all but the embedding is packed by now
         self._logits = np.empty((max_num_sequences, self.vocab_size), dtype=np.float32)
