@@ -93,6 +93,11 @@ class SamplingParams:
         return self.is_greedy and is_plain
 
     @property
+    def has_filters(self) -> bool:
+        """Whether some tokens may not be drawn at all."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def has_penalties(self) -> bool:
         return (
             self.repetition_penalty != 1.0
@@ -132,6 +137,8 @@ class Sampler:
             logits = _penalize(logits, params, prompt_ids, output_ids)
         if params.is_greedy:
             return int(logits.argmax())
+        if not params.has_filters:
+            return _draw(_probabilities(logits, params), self._random.random())
         token_ids, probabilities = _distribution(logits, params)
         return int(token_ids[_draw(probabilities, self._random.random())])
 
@@ -148,17 +155,18 @@ class Sampler:
         )
 
 
-def _draw(probabilities: NDArray[np.float64], fraction: float) -> int:
+def _draw(probabilities: NDArray[np.float32], fraction: float) -> int:
     """The index at which the running sum exceeds `fraction` (in [0, 1)) of the whole.
 
     Sums of blocks come first, then the running sum within one: a running sum over a whole
     vocabulary would take most of the time of a draw.
     """
     begins = np.arange(0, len(probabilities), _BLOCK)
-    ends = np.cumsum(np.add.reduceat(probabilities, begins))
+    ends = np.cumsum(np.add.reduceat(probabilities, begins, dtype=np.float64))
     threshold = min(fraction * float(ends[-1]), math.nextafter(float(ends[-1]), 0.0))
     block = int(np.searchsorted(ends, threshold, side="right"))
-    running = np.cumsum(probabilities[block * _BLOCK : (block + 1) * _BLOCK])
+    inside = probabilities[block * _BLOCK : (block + 1) * _BLOCK]
+    running = np.cumsum(inside, dtype=np.float64)
     before = float(ends[block - 1]) if block else 0.0
     # The two sums round differently; below its end, the running sum is exceeded somewhere.
     rest = min(threshold - before, math.nextafter(float(running[-1]), 0.0))
@@ -190,21 +198,27 @@ def _penalize(
 
 def _distribution(
     logits: Logits, params: SamplingParams
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Token ids that survive the filters, and their (unnormalized) probabilities."""
     token_ids = np.arange(len(logits), dtype=np.int64)
     if 0 < params.top_k < len(logits):
         token_ids = _largest(logits, params.top_k)
         logits = logits[token_ids]
-    # float32 over the whole vocabulary, float64 only where probabilities are summed.
-    temperature = np.float32(max(params.temperature, _COLDEST))
-    probabilities = np.exp((logits - logits.max()) / temperature)
+    probabilities = _probabilities(logits, params)
     if params.top_p < 1.0:
         token_ids, probabilities = _nucleus(token_ids, probabilities, params.top_p)
     if params.min_p > 0.0:
         kept = probabilities >= params.min_p * probabilities.max()
         token_ids, probabilities = token_ids[kept], probabilities[kept]
-    return token_ids, probabilities.astype(np.float64)
+    return token_ids, probabilities
+
+
+def _probabilities(logits: Logits, params: SamplingParams) -> NDArray[np.float32]:
+    """Unnormalized; float32, because float64 is only needed where they are summed."""
+    values: NDArray[np.float32] = logits - logits.max()
+    values /= np.float32(max(params.temperature, _COLDEST))
+    np.exp(values, out=values)
+    return values
 
 
 def _nucleus(

@@ -152,9 +152,9 @@ def test_logprobs_are_of_the_model_s_own_distribution() -> None:
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
 def test_a_draw_inverts_the_running_sum(size: int) -> None:
     random = np.random.default_rng(size)
-    probabilities = random.random(size) * (random.random(size) < 0.3)
+    probabilities = random.random(size, dtype=np.float32) * (random.random(size) < 0.3)
     probabilities[size // 2] = 1.0
-    running = np.cumsum(probabilities)
+    running = np.cumsum(probabilities, dtype=np.float64)
     for fraction in (0.0, 0.25, 0.5, 0.999, float(np.nextafter(1.0, 0.0))):
         index = _draw(probabilities, fraction)
         assert probabilities[index] > 0
