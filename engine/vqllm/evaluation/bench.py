@@ -44,6 +44,7 @@ READING = (
 )
 TEXTS = {"wikitext2-valid": "wikitext2_tok_valid.txt", "brown-heldout": "brown_heldout.txt"}
 CALIBRATION = "brown_train.txt"
+TCQ_BITS = (2.0, 2.25, 2.3, 3.0, 3.25, 4.0, 4.25, 4.3)
 
 
 def bench_arms(paths: PeerPaths, only: str = "") -> list[Arm]:
@@ -53,7 +54,7 @@ def bench_arms(paths: PeerPaths, only: str = "") -> list[Arm]:
     `only` keeps arms whose name or family holds one of its comma-separated words. Peers run once:
     they draw nothing at random.
     """
-    ours: list[Arm] = [our_arm("tcq", bits, "") for bits in (2.0, 2.25, 3.0, 3.25, 4.0, 4.25)]
+    ours: list[Arm] = [our_arm("tcq", bits, "") for bits in TCQ_BITS]
     ours += [our_arm("tcq", bits, "", "--tune-steps", "0") for bits in (2.0, 3.0, 4.0)]
     ours += [our_arm("vptq", bits, "quarot") for bits in (2.0, 2.25, 3.0, 4.0)]
     ours += [our_arm("vptq", 2.25, "")]
@@ -149,6 +150,8 @@ def main(words: Sequence[str] | None = None) -> None:
     given.calibration = given.calibration or given.data / CALIBRATION
     if not all("=" in entry for entry in given.text):
         raise InvalidConfig("text", given.text, "NAME=FILE")
+    for folder in (given.output, given.json.parent if given.json else given.output):
+        folder.mkdir(parents=True, exist_ok=True)  # hours before it is needed
     sections = [_run(reference, given) for reference in given.references]
     command = f"{COMMAND} SEEDS={given.seeds} WINDOWS={given.windows}"
     _write(sections, list(_named(given.text)), given.output, command)

@@ -383,3 +383,18 @@ def test_the_benchmark_writes_its_page_and_keeps_rows(
     assert "RTN 4" in (tmp_path / "quantization.csv").read_text()
     with pytest.raises(InvalidConfig, match="NAME=FILE"):
         bench.main([str(tiny_folder), "--text", "file.txt"])
+
+
+def test_folders_for_the_tables_are_made_before_hours_of_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, copy = tmp_path / "a" / "b", tmp_path / "c" / "rows.json"
+
+    def run(*_: object) -> None:
+        assert output.is_dir()
+        assert copy.parent.is_dir()
+        raise InvalidConfig("reference", "none", "a model")
+
+    monkeypatch.setattr(bench, "_run", run)
+    with pytest.raises(InvalidConfig, match="reference"):
+        bench.main(["none", "--output", str(output), "--json", str(copy)])
