@@ -44,7 +44,7 @@ READING = (
 )
 TEXTS = {"wikitext2-valid": "wikitext2_tok_valid.txt", "brown-heldout": "brown_heldout.txt"}
 CALIBRATION = "brown_train.txt"
-TCQ_BITS = (2.0, 2.25, 2.3, 3.0, 3.25, 4.0, 4.25, 4.3)
+TCQ_BITS = (2.0, 2.25, 2.3, 3.0, 3.25, 4.0, 4.25, 4.3, 4.6)
 
 
 def bench_arms(paths: PeerPaths, only: str = "") -> list[Arm]:
