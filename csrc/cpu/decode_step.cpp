@@ -130,9 +130,9 @@ std::int32_t vq_decoder::check_batch(const vq_decode_batch &batch, std::int32_t 
   for (std::int32_t i = 0; i < batch.num_chunks; ++i) {
     const std::int64_t tokens = std::int64_t{batch.token_offsets[i + 1]} - batch.token_offsets[i];
     const std::int64_t pages = std::int64_t{batch.page_offsets[i + 1]} - batch.page_offsets[i];
-    const bool bad_largest = batch.largest_of != nullptr &&
-                             (batch.largest_of[i] < 0 || batch.largest_of[i] > config.vocab_size);
-    if (bad_largest || tokens < 1 || pages < 1 || batch.num_logits[i] < 0 || batch.num_logits[i] > tokens) {
+    const std::int32_t largest_of = batch.largest_of == nullptr ? 0 : batch.largest_of[i];
+    if (tokens < 1 || pages < 1 || batch.num_logits[i] < 0 || batch.num_logits[i] > tokens ||
+        largest_of < 0 || largest_of > config.vocab_size) {
       return VQ_ERR_SHAPE;
     }
     const std::int64_t stop = batch.starts[i] + tokens;
@@ -312,11 +312,10 @@ struct vq_decoder::Part {
     decoder.largest_[static_cast<std::size_t>(index)] =
         vq::try_largest(head, x, logits, begin, end, candidates);
     decoder.barrier_.wait(count);
-    const float largest = *std::max_element(decoder.largest_.begin(),
-                                            decoder.largest_.begin() + count);
+    const float largest =
+        *std::max_element(decoder.largest_.begin(), decoder.largest_.begin() + count);
     const std::int32_t panels = decoder.head_.shapes[0].num_panels;
-    for (std::int32_t at = index * vq::kMaxCompleted; at < panels;
-         at += count * vq::kMaxCompleted) {
+    for (std::int32_t at = index * vq::kMaxCompleted; at < panels; at += count * vq::kMaxCompleted) {
       const std::int32_t stop = std::min(at + vq::kMaxCompleted, panels);
       vq::complete_panels(head, x, logits, at, stop, largest);
     }

@@ -390,6 +390,12 @@ LayeredRows layered_rows(const vq_matrix &matrix, const Activations &x, float *y
   return {y + begin, matrix.upper->row_scales + begin, end - begin, layered_input(x)};
 }
 
+// Whether 16 times every scale is still a half; weights beyond half a million are not.
+bool has_upper_scales(const MatrixPart &part) {
+  return std::none_of(part.upper_scales, part.upper_scales + part.rows,
+                      [](std::uint16_t half) { return (half & 0x7fffu) >= 0x7c00u; });
+}
+
 // The upper layer of a part as a grid of its own.
 std::unique_ptr<MatrixPart> upper_layer(const MatrixPart &part) {
   auto upper = std::make_unique<MatrixPart>(part);
@@ -554,7 +560,7 @@ std::unique_ptr<vq_matrix> make_matrix(const vq_matrix_part *parts, std::int32_t
     memory = add_band(parts + i, width, memory, is_packed, *matrix);
   }
   cut_inputs(*matrix);
-  if (is_layered(parts[0])) {
+  if (is_layered(parts[0]) && has_upper_scales(matrix->parts[0].part)) {
     matrix->upper = upper_layer(matrix->parts[0].part);
   }
   return matrix;

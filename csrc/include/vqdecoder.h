@@ -101,8 +101,8 @@ typedef struct vq_decode_batch {
   float *logits;                /* [num_logit_rows][vocab_size] */
   /* [num_chunks]; n > 0: only the largest of every token's first n logits is wanted, bit for bit, and
    * no other of them above it. With a LAYERED head the others may then come from the upper four bits
-   * of its weights; the largest is among those with a probability of 3e-7. 0: all are wanted. NULL: 0
-   * for all chunks. */
+   * of its weights, more or fewer of them for another number of threads or another batch; the largest
+   * is among those with a probability of 3e-7. 0: all are wanted. NULL: 0 for all chunks. */
   const int32_t *largest_of;
 } vq_decode_batch;
 

@@ -67,8 +67,22 @@ class GridWeights:
         return count_groups(self.in_features, self.group_size)
 
 
+class _WholeWeight:
+    """A weight in one array (out, in)."""
+
+    weight: Array
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+
 @dataclass(frozen=True, eq=False)
-class DenseWeights:
+class DenseWeights(_WholeWeight):
     """Float weights that packing rounds to 8 bits, one binary16 scale per row and group.
 
     Attributes:
@@ -86,20 +100,12 @@ class DenseWeights:
             raise NonFiniteError("weight holds NaN or infinity")
 
     @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
     def num_groups(self) -> int:
         return count_groups(self.in_features, self.group_size)
 
 
 @dataclass(frozen=True, eq=False)
-class LayeredWeights:
+class LayeredWeights(_WholeWeight):
     """8-bit weights in two layers of four bits, for the output head of a decoder.
 
     Products are those of `DenseWeights`. A decoder that is asked for the largest logit reads the
@@ -122,14 +128,6 @@ class LayeredWeights:
             return
         check_array("weight", self.weight, (np.int8,), 2)
         check_scales(self.scales[None], 1, self.out_features)
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -385,6 +385,17 @@ def test_logits_are_whole_where_several_tokens_or_all_are_wanted() -> None:
         np.testing.assert_array_equal(decoder.step(batch), whole)
 
 
+def test_weights_too_large_for_an_upper_layer_are_read_whole() -> None:
+    config, weights = wide_world(1)
+    head = np.random.default_rng(1).standard_normal((WIDE, HIDDEN)).astype(np.float32) * 1e6
+    weights = replace(weights, head=Matrix(LayeredWeights(head)))
+    with Decoder(config, weights) as decoder:
+        whole = decoder.step(batch_of((PAGES, 0, TOKENS, 1)))
+        assert np.isfinite(whole).all()
+        batch = DecodeBatch([Chunk(PAGES, 0, TOKENS, 1, WIDE)])
+        np.testing.assert_array_equal(decoder.step(batch), whole)
+
+
 @pytest.mark.parametrize("largest_of", [-1, WIDE + 1])
 def test_there_is_no_largest_of_logits_that_do_not_exist(largest_of: int) -> None:
     config, weights = wide_world(0)
